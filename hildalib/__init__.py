@@ -1,0 +1,27 @@
+"""HILDA: small autoregressive LMs turned into editable block-diffusion LMs, and what each idea buys.
+
+One notation everywhere: B batch, L length, K block size, V vocabulary, D hidden; t mask rate in (0, 1];
+x0 clean ids, xt noisy ids; M2T mask-to-token, T2T token-to-token edit; NFE forwards, TPF generated tokens
+per forward. Entry points: `generate` here, `python -m hildalib` on the command line, `notebooks/` for the book.
+"""
+
+__version__ = "0.1.0"
+
+
+class HildaError(Exception):
+    """An error a user can act on: its message names the file or key at fault and the remedy."""
+
+
+def generate(prompt: str, model="smollm2-135m", mode: str = "Q", tau_mask: float | None = None,
+             tau_edit: float | None = None, max_new_tokens: int = 128, seed: int = 0) -> str:
+    """Text that the editable dLLM `model` writes after `prompt`.
+
+    model: folder, hub id or registered name, or an already loaded `(model, tokenizer)` pair. mode: "S" (fast) or
+    "Q" (quality), presets of LLaDA2.1's model cards; tau_mask and tau_edit in [0, 1] override the preset.
+    Raises HildaError on an unknown mode, a threshold out of range, a prompt longer than the context, or a model
+    that is not a dLLM.
+    """
+    from hildalib.decoding import generate_text
+
+    return generate_text(prompt, model=model, mode=mode, tau_mask=tau_mask, tau_edit=tau_edit,
+                         max_new_tokens=max_new_tokens, seed=seed)

@@ -1,0 +1,199 @@
+"""The command line: `hilda` = `python -m hildalib`.
+
+Entry point: `main(arguments) -> exit status`; 0 only if what was asked for happened, 1 if a notebook or a check failed, 2 for a mistake of
+the caller, 130 after Ctrl-C. Nothing heavy is imported before the arguments are known to be good.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from hildalib import HildaError, __version__
+
+RUN_EXAMPLES = """examples:
+  hilda run                                 all notebooks, profile nano; what is up to date is left alone
+  hilda run 04_decode --set seed=1          one notebook, one parameter changed
+  hilda run --profile smol --jobs 2         a larger model, two notebooks at a time
+  hilda run 02_wsd 03_sft --seeds 0 1 2     three seeds of two notebooks
+  hilda run 03_sft --force                  again from scratch, though nothing changed
+
+Parameters live in params/<profile>/<notebook>.yaml; the profile smoke is the notebooks' own defaults (seconds).
+An interrupted run continues when the same command is given again.
+"""
+EXAMPLES = """examples:
+  hilda smoke-test                          is the installation sound? (seconds, no download)
+  hilda doctor                              what this machine supports, and which settings follow
+  hilda run                                 execute the book (minutes on a laptop CPU)
+  hilda status                              what is up to date, what is stale and why
+  hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/model --mode Q
+
+`hilda COMMAND --help` tells more. Environment: HILDA_OUTPUTS, HILDA_FIGURES, HILDA_CACHE, HILDA_DATA move the folders.
+"""
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1]")
+    return value
+
+
+def _at_least(low: int):
+    def whole(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+    return whole
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, for example --set seed=1")
+    return key, value
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="hilda", formatter_class=raw, epilog=EXAMPLES,
+                                  description="Small autoregressive language models turned into editable block-diffusion models.")
+    top.add_argument("--version", action="version", version=f"hilda {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name, act, summary, **more):
+        made = commands.add_parser(name, help=summary, description=summary, formatter_class=raw, **more)
+        made.set_defaults(act=act)
+        return made
+
+    run = command("run", _run, "execute notebooks: only what changed, each accepted only when it is complete", epilog=RUN_EXAMPLES)
+    run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="e.g. 02_wsd (default: all)")
+    run.add_argument("--profile", default="nano", help="parameter set: a folder of params/, or smoke (default: nano)")
+    run.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                     help="change a parameter in every chosen notebook that has it (repeatable; the value is YAML)")
+    run.add_argument("--seeds", type=_at_least(0), nargs="+", metavar="SEED", help="run the chosen notebooks once for each seed")
+    run.add_argument("--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at a time (default: 1)")
+    run.add_argument("--force", action="store_true", help="run from scratch even what is up to date")
+
+    status = command("status", _status, "list notebooks with their state: up to date, stale, missing, failed, running, invalid")
+    status.add_argument("--profile", help="only this one")
+
+    generate = command("generate", _generate, "let an editable diffusion model continue a prompt",
+                       epilog='example:\n  hilda generate "Once upon a time" --model smollm2-135m --mode S --tau-mask 0.7\n')
+    generate.add_argument("prompt")
+    generate.add_argument("--model", default="smollm2-135m", help="folder, hub id or registered name (default: %(default)s)")
+    generate.add_argument("--mode", choices=("S", "Q"), default="Q", help="S: speed, Q: quality (default: Q)")
+    generate.add_argument("--tau-mask", type=_threshold, metavar="T", help="confidence in [0, 1] needed to fill a mask (default: of the mode)")
+    generate.add_argument("--tau-edit", type=_threshold, metavar="T", help="confidence in [0, 1] needed to change a token (default: of the mode)")
+    generate.add_argument("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--seed", type=_at_least(0), default=0, help="(default: 0)")
+
+    command("smoke-test", _smoke_test, "save, load and decode with a tiny random model; prints OK")
+    command("doctor", _doctor, "tell the device, its capability, what is supported and which settings follow")
+    fetch = command("fetch", _fetch, "download weights or data into the cache ahead of time", epilog="example:\n  hilda fetch smollm2-135m\n")
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="name of a backbone or of a corpus")
+    return top
+
+
+def _run(options) -> int:
+    from hildalib import book
+
+    return book.run(options.notebooks, options.profile, dict(options.overrides), force=options.force, jobs=options.jobs, seeds=options.seeds)
+
+
+def _status(options) -> int:
+    from hildalib import book
+    from hildalib.progress import duration
+
+    rows = [("notebook", "profile", "seed", "state", "wall", "finished (UTC)", "why")]
+    for row in book.status(options.profile):
+        rows.append((row["notebook"], row["profile"], str(row["seed"]), row["state"], "-" if row["wall"] is None else duration(row["wall"]),
+                     (row["finished"] or "-")[:19].replace("T", " "), row["why"]))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    return 0
+
+
+def _generate(options) -> int:
+    import hildalib
+
+    print(hildalib.generate(options.prompt, model=options.model, mode=options.mode, tau_mask=options.tau_mask, tau_edit=options.tau_edit,
+                            max_new_tokens=options.max_new_tokens, seed=options.seed))
+    return 0
+
+
+def _smoke_test(options) -> int:
+    """The path of every user, in small: a random model, made a dLLM, saved, loaded, decoded."""
+    import tempfile
+    from dataclasses import replace
+
+    import torch
+
+    from hildalib import backbones
+    from hildalib.decoding import PRESETS, edit_decode
+
+    model, tokenizer = backbones.nano(hidden=32, layers=2, heads=2)
+    with tempfile.TemporaryDirectory() as folder:
+        backbones.save(model, tokenizer, folder)
+        model, tokenizer = backbones.load(folder, dtype="float32", device="cpu")
+    prompt = tokenizer("1+1=", return_tensors="pt", add_special_tokens=False).input_ids
+    settings = replace(PRESETS["Q"], block_size=4, max_new_tokens=8)
+    decoded = edit_decode(model.eval(), prompt, settings, generator=torch.Generator().manual_seed(0))
+    if decoded.ids.shape[0] != 1 or (decoded.ids == model.config.hilda["mask_token_id"]).any():
+        raise HildaError("the decoder left [MASK] in its output; please report this with the output of `hilda doctor`")
+    print("OK")
+    return 0
+
+
+def _doctor(options) -> int:
+    from hildalib import backbones, paths
+
+    report = {"hilda": __version__, "results": str(paths.outputs_root()), "cache": str(paths.cache_dir(create=False)),
+              "own data (HILDA_DATA)": str(paths.data_dir() or "not set"), **backbones.device_report()}
+    width = max(map(len, report))
+    for key, value in report.items():
+        print(f"{key.ljust(width)}  {value}")
+    return 0
+
+
+def _fetch(options) -> int:
+    from hildalib import backbones, corpora
+
+    for name in options.names:
+        if name in ("nano", "arithmetic", "stories-smollm2"):
+            print(f"{name}: made on the spot, nothing to fetch")
+        elif name in corpora.SOURCES:
+            splits = list(corpora.SOURCES[name].hub_splits or corpora.SOURCES[name].folder)
+            for split in splits:
+                next(corpora.records(name, split))  # the first row comes once the whole split is in the cache
+            print(f"{name}: {', '.join(splits)} ready")
+        else:
+            print(f"{name}: {backbones.fetch(name)}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a Windows console may lack characters that a model writes
+    try:
+        options = parser().parse_args(arguments)
+        return options.act(options)
+    except HildaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command again continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # e.g. `hilda status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

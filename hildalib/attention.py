@@ -1,0 +1,103 @@
+"""Every attention mask of HILDA, dense and as FlexAttention mask functions.
+
+True = the query (second to last axis) may attend to the key (last axis). Dense masks are (B or 1, 1, Q, KV) bool, the
+form SDPA takes; eager attention would silently add a bool mask to the scores, so models are loaded with SDPA.
+Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` (cached decoding).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def _documents(base: Tensor, doc_ids: Tensor | None, tiles: int) -> Tensor:
+    """(Q, KV) mask gated by "same document"; doc_ids (B, L) repeated `tiles` times along the layout -> (., 1, Q, KV)."""
+    if doc_ids is None:
+        return base[None, None]
+    docs = doc_ids.repeat(1, tiles)  # (B, tiles * L)
+    return (base.to(docs.device) & (docs[:, :, None] == docs[:, None, :]))[:, None]
+
+
+def full(doc_ids: Tensor) -> Tensor:
+    """All pairs inside a document, no causality: the MDLM step (LLaDA2.0 Eq. 4).
+
+    doc_ids: (B, L) long, -1 for padding. Returns (B, 1, L, L) bool, True = may attend.
+    """
+    return (doc_ids[:, :, None] == doc_ids[:, None, :])[:, None]
+
+
+@lru_cache(maxsize=64)  # one dense mask per shape is built once a run; 64 covers every rung of a WSD ladder
+def _block_causal(length: int, block_size: int) -> Tensor:
+    block = torch.arange(length) // block_size
+    return block[:, None] >= block[None, :]
+
+
+@lru_cache(maxsize=64)
+def _noisy_clean(length: int, block_size: int, copies: int) -> Tensor:
+    index = torch.arange((copies + 1) * length)
+    part, block = index // length, index % length // block_size
+    return _layout_rule(part[:, None], part[None, :], block[:, None], block[None, :], copies)
+
+
+def _layout_rule(part_q, part_k, block_q, block_k, copies: int):
+    """The block-diffusion rule (LLaDA2.0 Eq. 3; BD3-LM): parts 0..copies-1 are noisy, part `copies` is clean."""
+    clean_q, clean_k = part_q == copies, part_k == copies
+    own_block = ~clean_q & (part_q == part_k) & (block_q == block_k)
+    past_clean = ~clean_q & clean_k & (block_q > block_k)
+    return own_block | past_clean | (clean_q & clean_k & (block_q >= block_k))
+
+
+def block_causal(length: int, block_size: int, doc_ids: Tensor | None = None) -> Tensor:
+    """Bidirectional inside a block, causal between blocks; block of i = i // block_size from absolute position 0.
+
+    Returns (1, 1, L, L), or (B, 1, L, L) when doc_ids (B, L) gates it; bool, True = may attend. Block size 1 is the
+    causal mask, block size L the full one. For L = 4, K = 2 (rows are queries, # = may attend):
+
+        # # . .
+        # # . .
+        # # # #
+        # # # #
+    """
+    return _documents(_block_causal(length, block_size), doc_ids, 1)
+
+
+def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1) -> Tensor:
+    """Mask of the layout [xt_1 | .. | xt_copies | x0], all parts at the same positions 0..L-1.
+
+    A noisy row sees its own block of its own copy and the clean blocks strictly before it; a clean row sees clean
+    blocks up to its own (LLaDA2.0 Eq. 3). Several noisy copies share one clean copy, so C copies cost (C + 1) L
+    rows and not 2 C L. Returns (1 or B, 1, (C+1)L, (C+1)L) bool, True = may attend; no row is ever empty.
+    For L = 4, K = 2, C = 1:
+
+        # # . . | . . . .
+        # # . . | . . . .
+        . . # # | # # . .
+        . . # # | # # . .
+        --------+--------
+        . . . . | # # . .
+        . . . . | # # . .
+        . . . . | # # # #
+        . . . . | # # # #
+    """
+    return _documents(_noisy_clean(length, block_size, copies), doc_ids, copies + 1)
+
+
+def noisy_clean_mod(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1):
+    """The same rule as a FlexAttention `mask_mod(b, h, q, kv)`, for `create_block_mask` on a GPU."""
+
+    def mask_mod(b, h, q, kv):
+        rule = _layout_rule(q // length, kv // length, q % length // block_size, kv % length // block_size, copies)
+        return rule if doc_ids is None else rule & (doc_ids[b, q % length] == doc_ids[b, kv % length])
+
+    return mask_mod
+
+
+def window(positions: Tensor, slots: int, block_size: int) -> Tensor:
+    """Mask of a cached forward whose slot j holds the key of absolute position j of the same row.
+
+    positions: (B, Q) long, the absolute positions fed; rows may stand at different places. Returns (B, 1, Q, slots)
+    bool, True = may attend: every slot of the query's own block and of all blocks before it.
+    """
+    ends = (positions // block_size + 1) * block_size  # first slot the query may not see
+    return (torch.arange(slots, device=positions.device) < ends[:, :, None])[:, None]

@@ -1,0 +1,332 @@
+"""Backbones: a plain Hugging Face causal LM plus one atomic [MASK] token.
+
+Entry points: `load` and `save` (folder, hub id, .gguf file, "smollm2-135m", "nano"), `nano` (random init, character tokenizer),
+`forbidden_ids`, `context_limit`, `chat_prompt`; `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
+file and the safetensors layout are the parent's; `config.hilda` is the only addition, so a dLLM loads anywhere without remote code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from hildalib import HildaError, weights
+from hildalib.devices import choose_device, choose_dtype, device_report, prepare  # noqa: F401  (device_report is part of this surface)
+from hildalib.nano import MASK_TOKEN, nano, nano_config  # noqa: F401
+from hildalib.weights import fetch
+
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "OLMo2", "gemma3_text": "Gemma3"}  # config model_type -> name
+QUANTIZE = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
+MIN_MASK_NORM = 0.1  # of the median embedding norm: a [MASK] row near zero makes the first diffusion steps explode (LLaDA2.0, 7.1)
+ADAPTER_RECORD = "hilda.json"  # beside adapter_config.json: what the adapter sits on
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------------------
+
+def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
+         quantize: str | None = None, lora: int | dict | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in eval mode under sdpa attention, with its tokenizer and one [MASK] token (added if absent).
+
+    name_or_path: folder, .gguf file, hub id, "smollm2-135m" or "nano". dtype, device: "auto" follows `choose_dtype`, `choose_device`.
+    quantize: None, "nf4" or "int8" (bitsandbytes). lora: rank, or keyword arguments of peft's LoraConfig; trains adapters on every linear
+    layer and the [MASK] row, everything else is frozen. `model.config.hilda` holds mask_token_id, block_size (None until converted),
+    label_shift, stage ("ar" until converted), parent and, where known, the origin of the weights; config.eos_token_id is one int.
+    Raises HildaError for an unknown name or family, a broken or foreign file, or a device that is absent.
+    """
+    if quantize not in (None, *QUANTIZE):
+        raise HildaError(f"quantize={quantize!r}; use None, " + " or ".join(map(repr, QUANTIZE)))
+    name = str(name_or_path)
+    device = choose_device(device)
+    dtype = choose_dtype(device, dtype)
+    prepare(device)
+    if name == "nano":
+        if quantize:
+            raise HildaError("nano is too small to quantise; load it with quantize=None")
+        model, tokenizer = nano()
+        model.to(device, dtype)
+    elif name.endswith(".gguf"):
+        if quantize:
+            raise HildaError(f"{name} is quantised already and is read as plain weights; save it as a folder first, then quantise that")
+        with _explained(Path(name)), _quiet():
+            model, tokenizer = weights.load_gguf(Path(name))
+        _check_family(model.config, Path(name))
+        model.set_attn_implementation("sdpa")
+        model.to(device, dtype)
+    else:
+        folder = _recovered(Path(name)) if Path(name).parent.is_dir() else Path(name)
+        folder = fetch(folder if folder.is_dir() else name)
+        if (folder / ADAPTER_RECORD).is_file():
+            if lora is not None:
+                raise HildaError(f"{folder} holds a LoRA adapter already; load it with lora=None")
+            return _load_adapter(folder, dtype, device, quantize)
+        model, tokenizer = _load_folder(folder, dtype, device, quantize)
+        name = str(folder.resolve()) if Path(name).is_dir() else name
+    _complete(model, tokenizer, name)
+    model.name_or_path = name  # what an adapter remembers as its base
+    model = model if lora is None else _with_lora(model, lora)
+    return model.eval(), tokenizer
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None):
+    if not (folder / "config.json").is_file():
+        raise HildaError(f"{folder}/config.json is missing; point to a folder written by `save_pretrained` or to a hub id")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise HildaError(f"{folder} has no *.safetensors file; other formats are refused because loading them may run code: convert the weights "
+                         "with model.save_pretrained(...)")
+    for file in files:
+        with _explained(file), safe_open(file, framework="pt"):
+            pass
+    with _explained(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder)
+    _check_family(config, folder / "config.json")
+    with _explained(folder / "tokenizer.json"):
+        # Auto would rebuild the pipeline from the family (a Qwen model gets Qwen's pre-tokenizer, whatever its tokenizer.json says).
+        exact = (folder / "tokenizer.json").is_file()
+        tokenizer = (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    if quantize:
+        from transformers import BitsAndBytesConfig
+
+        compute = {"bnb_4bit_compute_dtype": dtype} if quantize == "nf4" else {}
+        options |= {"quantization_config": BitsAndBytesConfig(**QUANTIZE[quantize], **compute), "device_map": {"": device}}
+    with _explained(files[0]), _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise HildaError(f"the weights in {folder} lack {len(absent)} tensors that its config.json calls for (first: {absent[0]}); take "
+                         "config.json and *.safetensors from the same checkpoint")
+    return model if quantize or getattr(model, "is_quantized", False) else model.to(device), tokenizer
+
+
+def _check_family(config, file: Path) -> None:
+    if config.model_type not in FAMILIES:
+        raise HildaError(f"{file}: model_type {config.model_type!r} is not supported; use one of the families "
+                         + ", ".join(FAMILIES.values()) + " (text-only checkpoints)")
+
+
+@contextlib.contextmanager
+def _explained(file: Path):
+    """Turns what libraries raise over a damaged file into one HildaError that names it."""
+    try:
+        yield
+    except HildaError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise HildaError(f"cannot read {file}: {reason}; the file is missing, damaged or of another model: download it again") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises bare Exception on a damaged tokenizer.json
+            raise
+        raise HildaError(f"cannot read {file}: {error}; download it again") from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Loading a nano takes milliseconds: no progress bar of its own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+# --- the one token ---------------------------------------------------------------------------------------------------------------
+
+def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Adds what a parent lacks: EOS, pad, [MASK] with its embedding row, and the `hilda` record."""
+    weight = model.get_input_embeddings().weight
+    known, rows = getattr(model.config, "hilda", None) or {}, len(weight)
+    added = set(tokenizer.added_tokens_decoder)
+    top = max((i for i in tokenizer.get_vocab().values() if i not in added), default=0)
+    if max(top, known.get("mask_token_id", 0)) >= rows:
+        raise HildaError(f"the tokenizer of {name} has ids up to {max(top, known.get('mask_token_id', 0))} but its weights have {rows} embedding "
+                         "rows; take tokenizer.json and *.safetensors from the same checkpoint")
+    _ensure_eos(model, tokenizer, name)
+    before = set(tokenizer.get_vocab().values())
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True, normalized=False)})
+    mask = tokenizer.mask_token_id
+    if known.get("mask_token_id", mask) != mask:
+        raise HildaError(f"{name}: config.json records mask id {known['mask_token_id']}, the tokenizer has {mask}; take both from the same folder")
+    ids = tokenizer(f"a{tokenizer.mask_token}b", add_special_tokens=False).input_ids
+    if ids.count(mask) != 1 or len(ids) < 3:
+        raise HildaError(f"{name}: the tokenizer does not keep {tokenizer.mask_token} as one token inside a text; its tokenizer.json cannot be used")
+    fresh = mask >= rows or mask not in before
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        with torch.no_grad(), _quiet():
+            model.resize_token_embeddings(needed, mean_resizing=False)
+    if fresh:
+        real = torch.tensor(sorted(i for i in before if i < rows))
+        _set_mask_row(model, mask, real, range(rows, needed))
+    model.config.hilda = {"block_size": None, "label_shift": True, "stage": "ar", "parent": name, **known, "mask_token_id": mask}
+    _guard_window(model)
+
+
+@torch.no_grad()
+def _set_mask_row(model: PreTrainedModel, mask: int, real: torch.Tensor, new: range) -> None:
+    """Mean of the real rows for [MASK] and every row that had none. As an output its logit is then the mean logit, so by Jensen it
+    takes at most 1/V of the probability from the parent's tokens."""
+    seen = {}
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = layer.weight
+        if weight.data_ptr() in seen:  # tied
+            continue
+        seen[weight.data_ptr()] = True
+        table = weight[real.to(weight.device)].float()
+        row = table.mean(0)
+        if layer is model.get_input_embeddings():
+            row = row * max(1.0, MIN_MASK_NORM * table.norm(dim=1).median().item() / row.norm().clamp_min(1e-12).item())
+        weight[sorted({mask, *new})] = row.to(weight)
+
+
+def _ensure_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    listed = model.config.eos_token_id
+    first = listed[0] if isinstance(listed, (list, tuple)) and listed else listed
+    if tokenizer.eos_token_id is None and isinstance(first, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    if tokenizer.eos_token_id is None:
+        raise HildaError(f"{name} names no end-of-sequence token; set eos_token in its tokenizer_config.json or eos_token_id in its config.json")
+    model.config.eos_token_id = tokenizer.eos_token_id  # one int: what packing appends is what decoding stops at
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def forbidden_ids(model, tokenizer: PreTrainedTokenizerBase, *, keep_eos: bool = False) -> torch.Tensor:
+    """Sorted ids (n,) long on the CPU that are no text: specials, [MASK] and padded rows (embedding rows without a token).
+
+    Never drawn as T2T noise, never an output; keep_eos=True leaves EOS out of the list, for the outputs of a decoder.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special |= {model.config.hilda["mask_token_id"], *(set(range(rows)) - set(tokenizer.get_vocab().values()))}
+    return torch.tensor(sorted(special - ({tokenizer.eos_token_id} if keep_eos else set())), dtype=torch.long)
+
+
+def context_limit(model) -> int:
+    """Positions the model may see: trained length, or the sliding window where some layers have one (a 4-D mask overrides the window,
+    so beyond it those layers would attend further than they ever learned to)."""
+    config = model.config
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window
+    return min(config.max_position_embeddings, sliding or config.max_position_embeddings)
+
+
+def _guard_window(model: PreTrainedModel) -> None:
+    if context_limit(model) < model.config.max_position_embeddings:
+        model.model.register_forward_pre_hook(_refuse_beyond_window, with_kwargs=True)  # inner: older peft calls the outer forward directly
+
+
+def _refuse_beyond_window(module, _, kwargs) -> None:
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is None or mask.ndim != 4:
+        return
+    length = mask.shape[-1] if positions is None else int(positions.max()) + 1
+    if length > module.config.sliding_window:
+        raise HildaError(f"{length} positions under a 4-D mask exceed the sliding window of {module.config.sliding_window} that some layers of this "
+                         "model were trained with; use shorter sequences")
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """`prompt` as one user turn of the tokenizer's chat template, open for the answer; unchanged where there is no template."""
+    if not tokenizer.chat_template:
+        return prompt
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------------------
+
+def _with_lora(model: PreTrainedModel, lora: int | dict):
+    """peft model: LoRA on every linear layer but the output head, plus the [MASK] embedding row (tied heads follow it)."""
+    from peft import LoraConfig, get_peft_model
+
+    chosen = {"r": lora, "lora_alpha": 2 * lora} if isinstance(lora, int) else dict(lora)  # alpha = 2r: updates keep their size over ranks
+    options = {"target_modules": "all-linear", "trainable_token_indices": [model.config.hilda["mask_token_id"]], **chosen}
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    except (TypeError, ValueError) as error:
+        raise HildaError(f"lora={lora!r}: {error}; give a rank >= 1 or keyword arguments of peft.LoraConfig") from error
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None):
+    from peft import PeftModel
+
+    with _explained(folder / ADAPTER_RECORD):
+        record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
+    base, tokenizer = load(record["base"], dtype=dtype, device=device, quantize=quantize or record["quantize"])
+    with _explained(folder / "adapter_model.safetensors"):
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    model.config.hilda = record["hilda"]
+    return model.eval(), tokenizer
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------------------
+
+def save(model, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> Path:
+    """Writes model and tokenizer as `folder`: complete or not at all; an earlier model there is replaced as a whole.
+
+    Plain models and merged copies of LoRA models become an ordinary Hugging Face folder (safetensors). A LoRA model on quantised weights
+    cannot be merged exactly: its adapter is saved with a note on its base, and `load` puts both together again.
+    Raises HildaError if `folder` holds anything that is not a model, or cannot be written.
+    """
+    target = _recovered(Path(folder).resolve())
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or _is_model(target))):
+        raise HildaError(f"{target} exists and is not a model folder; choose another folder, nothing was written")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = weights.scratch_folder(target)
+        try:
+            with _quiet():
+                _write(model, scratch)
+                tokenizer.save_pretrained(scratch)
+            if target.exists():
+                os.replace(target, _backup(target))
+            os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            _recovered(target)
+            shutil.rmtree(_backup(target), ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise HildaError(f"cannot write {target}: {error}; free some space or choose another folder (an earlier model there is kept)") from error
+    return target
+
+
+def _write(model, folder: Path) -> None:
+    if not hasattr(model, "peft_config"):
+        weights.drop_gguf_traces(model).save_pretrained(folder)
+    elif getattr(model.config, "quantization_config", None) is None:
+        copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+    else:
+        quantized = model.config.quantization_config
+        record = {"base": model.get_base_model().name_or_path, "quantize": "nf4" if quantized.load_in_4bit else "int8", "hilda": model.config.hilda,
+                  "note": "LoRA adapter on quantised weights; hildalib.backbones.load of this folder loads the base and adds it"}
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER_RECORD).is_file()
+
+
+def _backup(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _recovered(folder: Path) -> Path:
+    """`folder`, put back first if a `save` was killed between its two renames."""
+    if not folder.exists() and _backup(folder).is_dir():
+        os.replace(_backup(folder), folder)
+    return folder

@@ -1,0 +1,42 @@
+"""Decoders: the threshold-edit loop, its cache, rules and trace, and the AR twin's.
+
+Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`, `ar_decode`, `Trace`, `generate_text`.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from hildalib import HildaError
+from hildalib.decoding.autoregressive import ar_decode
+from hildalib.decoding.edit import PRESETS, Decoded, EditSettings, edit_decode
+from hildalib.decoding.trace import Trace
+
+__all__ = ["PRESETS", "Decoded", "EditSettings", "Trace", "ar_decode", "edit_decode", "generate_text", "settings_for"]
+
+
+def settings_for(mode: str, tau_mask: float | None = None, tau_edit: float | None = None, presets: dict | None = None, **changes) -> EditSettings:
+    """The preset `mode` with thresholds overridden; thresholds outside [0, 1] and unknown modes are refused."""
+    presets = presets or PRESETS
+    if mode not in presets:
+        raise HildaError(f"mode {mode!r} is unknown; use one of {', '.join(presets)}")
+    for name, value in (("tau_mask", tau_mask), ("tau_edit", tau_edit)):
+        if value is None:
+            continue
+        if not 0 <= value <= 1:
+            raise HildaError(f"{name} = {value} is outside [0, 1]; thresholds are probabilities")
+        changes[name] = value
+    return replace(presets[mode], **changes)
+
+
+def generate_text(prompt: str, *, model, mode: str, tau_mask, tau_edit, max_new_tokens: int, seed: int) -> str:
+    """The work behind `hildalib.generate`."""
+    from hildalib import backbones
+
+    settings = settings_for(mode, tau_mask, tau_edit, max_new_tokens=max_new_tokens)
+    model, tokenizer = model if isinstance(model, tuple) else backbones.load(model)
+    if not model.config.hilda["block_size"]:
+        raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of its `model`")
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    decoded = edit_decode(model, ids, settings, generator=torch.Generator().manual_seed(seed))
+    return tokenizer.decode(decoded.ids[0], skip_special_tokens=True)

@@ -1,0 +1,300 @@
+"""The threshold-edit loop of LLaDA2.1 (section 2; card presets S and Q), batched and cached, on any plain causal LM.
+
+Rows of a batch advance through their own blocks: a row that closes a block starts the next one while others still
+edit theirs, and finished rows leave the batch. Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hildalib import HildaError, attention
+from hildalib.decoding import rules
+from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.trace import Recorder, Trace
+from hildalib.layout import selected_rows
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """Choices of a decode. tau_mask, tau_edit: thresholds (probabilities); tau_mask > 1 writes one token a forward,
+    tau_edit >= 1 never edits, tau_edit = 0 edits on every change of mind. max_post_steps: forwards a block may spend after
+    its last mask is gone. block_size None: the model's own. minimum: masks filled when none passes tau_mask. look_back:
+    closed blocks that are re-read, with the block that follows in view, and edited once more (multi-block editing; the
+    published description has no algorithm, this form is ours). stop_at_eos: nothing after the first EOS is decoded."""
+
+    tau_mask: float = 0.7
+    tau_edit: float = 0.5
+    block_size: int | None = None
+    max_post_steps: int = 16  # LLaDA2.1 model cards
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    minimum: int = 1
+    look_back: int = 0
+    stop_at_eos: bool = True
+
+    def __post_init__(self):
+        for name in ("tau_mask", "tau_edit", "temperature"):
+            if not getattr(self, name) >= 0:
+                raise HildaError(f"{name} = {getattr(self, name)} must be 0 or more (thresholds are probabilities)")
+        for name, low in (("max_new_tokens", 1), ("minimum", 1), ("max_post_steps", 0), ("look_back", 0)):
+            if getattr(self, name) < low:
+                raise HildaError(f"{name} = {getattr(self, name)} must be at least {low}")
+
+
+PRESETS = {  # LLaDA2.1-mini and -flash model cards
+    "S": EditSettings(tau_mask=0.5, tau_edit=0.0),
+    "Q": EditSettings(tau_mask=0.7, tau_edit=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """ids (B, T) long: generated tokens only, EOS-padded on the right. forwards (B,): forwards each row took part in,
+    prefill and commits included. positions_fed (B,): positions it fed in them. trace: what happened, if asked for."""
+
+    ids: Tensor
+    forwards: Tensor
+    positions_fed: Tensor
+    trace: Trace | None = None
+
+
+def eos_ids(model) -> list[int]:
+    """The model's end-of-text ids, as a list."""
+    eos = model.config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def check_context(model, length: int) -> None:
+    """Raises HildaError when `length` positions exceed the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise HildaError(f"prompt and max_new_tokens need {length} positions, the model's context is {limit}; shorten the prompt or lower max_new_tokens")
+
+
+class _Decode:
+    """State of one batched decode; b counts the rows still running, T = P_max + max_new_tokens rounded up to whole blocks."""
+
+    def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, settings: EditSettings, generator, trace: bool):
+        record = getattr(model.config, "hilda", None)
+        if not record:
+            raise HildaError("this model has no `hilda` record in its config: load it with hildalib.backbones.load, or convert it first (notebook 02)")
+        self.model, self.settings, self.generator = model, settings, generator
+        self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
+        self.size = size = settings.block_size or record["block_size"]
+        if not size:
+            raise HildaError("no block size: the model was never converted; give EditSettings(block_size=...) to decode it anyway")
+        if self.shift and int(lengths.min()) < 1:
+            raise HildaError("a shifted model predicts each token from the one before; the prompt needs at least one token")
+        device, batch = prompt_ids.device, len(prompt_ids)
+        self.lengths, self.ends = lengths, lengths + settings.max_new_tokens
+        slots = -(-int(self.ends.max()) // size) * size
+        check_context(model, int(self.ends.max()))
+        self.canvas = torch.full((batch, slots), self.mask_id, device=device)
+        for row, length in enumerate(lengths.tolist()):  # left padding is dropped: position 0 is the first real token
+            self.canvas[row, :length] = prompt_ids[row, prompt_ids.shape[1] - length:]
+        self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
+        self.forwards = torch.zeros(batch, dtype=torch.long, device=device)
+        self.fed = torch.zeros_like(self.forwards)
+        self.start = lengths // size * size  # where each row's current block begins
+        self.post = torch.zeros_like(self.start)  # forwards spent on the block since its last mask went
+        self.done = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.live = torch.arange(batch, device=device)  # cache row -> batch row
+        self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
+        self.cache = BlockCache(slots)
+        self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
+
+    def _forward(self, positions: Tensor, columns: Tensor | None = None, horizon: Tensor | None = None) -> Tensor:
+        """Logits (b, n, V), [MASK] barred, of the canvas fed at positions (b, Q) of the live rows; keys land in the cache.
+
+        columns (b, n): the columns of Q that need logits, default all. horizon (b,): where attention ends for all of them
+        (look-back); default: the end of each position's own block.
+        """
+        cache = self.cache.at(positions)
+        mask = attention.window(positions, cache.used, self.size)
+        if horizon is not None:
+            mask = (torch.arange(cache.used, device=positions.device) < horizon[:, None, None])[:, None].expand_as(mask)
+        index = torch.arange(positions.numel(), device=positions.device).view_as(positions)
+        index = index if columns is None else index.gather(1, columns)
+        with selected_rows(self.model, index.flatten()):
+            logits = self.model(input_ids=self.canvas[self.live].gather(1, positions), attention_mask=mask, position_ids=positions,
+                                past_key_values=cache, use_cache=True).logits
+        logits = logits.view(*index.shape, -1)
+        logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    def _count(self, rows: Tensor, positions: Tensor | int) -> None:
+        """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
+        self.forwards[rows] += 1
+        self.fed[rows] += positions
+
+    def _positions(self, start: Tensor, count: int) -> Tensor:
+        return (start[:, None] + torch.arange(count, device=start.device)).clamp(max=self.canvas.shape[1] - 1)
+
+    def _align(self, logits: Tensor, before: Tensor | None) -> Tensor:
+        """Row i of the result predicts position i; before (b, V): logits of the position in front of them."""
+        if not self.shift:
+            return logits
+        first = logits[:, :1] if before is None else before[:, None]  # nothing before block 0, whose first token is prompt
+        return torch.cat([first, logits[:, :-1]], 1)
+
+    def _read(self, ahead: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of each row's block (b, K, V), and of the block after it where any row looks `ahead` (b,) bool.
+
+        The first forward takes the whole prompt blocks along. A block that has no masks left is confirmed and committed by
+        the forward in which the next one takes its first step: block-causal attention makes both exact.
+        """
+        live, start = self.live, self.start[self.live]
+        if not self.cache.keys and int(start.max()):
+            columns = (start[:, None] - 1 + torch.arange(self.size + 1, device=start.device)).clamp(min=0)
+            logits = self._forward(self._positions(torch.zeros_like(start), int(start.max()) + self.size), columns)
+            self._count(live, start + self.size)
+            self.carry = logits[:, 0]
+            return logits[:, 1:], None
+        logits = self._forward(self._positions(start, self.size * (2 if ahead.any() else 1)))
+        self._count(live, self.size + self.size * ahead.long())
+        return logits[:, :self.size], logits[:, self.size:] if ahead.any() else None
+
+    def _write(self, live: Tensor, logits: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill and edit the current blocks of rows `live` by aligned logits (b, K, V); frozen (b,) bool: write nothing.
+        Returns (no mask is left, something was edited), each (b,) bool."""
+        settings, positions = self.settings, self._positions(self.start[live], self.size)
+        tokens, confidence = rules.choose(logits, settings.temperature, self.generator)
+        current = self.canvas[live].gather(1, positions)
+        masked, free = current == self.mask_id, positions >= self.lengths[live][:, None]
+        filled = rules.fill(confidence, masked, settings.tau_mask, settings.minimum) & ~frozen[:, None]
+        edited = rules.edit(tokens, confidence, current, free & ~masked, settings.tau_edit) & ~frozen[:, None]
+        self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(filled | edited, tokens, current))
+        if self.recorder:
+            self.recorder.write(live, positions, filled, edited, confidence)
+        return ~(masked & ~filled).any(-1), edited.any(-1)
+
+    def step(self) -> None:
+        """One forward of every live row: fill and edit its block; where the block was done, begin the next one too."""
+        live, settings = self.live, self.settings
+        end = self.start[live] + self.size
+        had_masks = (self.canvas[live].gather(1, self._positions(self.start[live], self.size)) == self.mask_id).any(-1)
+        ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
+        raw, following = self._read(ahead)
+        spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
+        full, edited = self._write(live, self._align(raw, self.carry), spent)
+        self.post[live] += full.long()
+        stable = ~had_masks & ~edited  # the forward saw the block's final tokens: its keys are the commit
+        if self.carry is None or self.shift:
+            self.carry = raw[:, -1] if self.carry is None else torch.where(stable[:, None], raw[:, -1], self.carry)
+        closed = self._close(stable, full & ~stable & (self.post[live] > self._post_limit()))
+        if following is not None and (begin := closed & ahead).any():
+            logits = self._align(following, raw[:, -1])[begin]
+            full, _ = self._write(live[begin], logits, torch.zeros_like(begin[begin]))
+            self.post[live[begin]] += full.long()
+            self._exhaust(live[begin][full & (self._post_limit() < 1)])
+        if self.recorder:
+            self.recorder.snap(self.canvas, self.forwards)
+        self._drop_finished()
+
+    def _post_limit(self) -> int:
+        """Without edits a confirming forward changes nothing."""
+        return 0 if self.settings.tau_edit >= 1 else self.settings.max_post_steps
+
+    def _exhaust(self, rows: Tensor) -> None:
+        """`rows` may spend no more forwards on their block: the next one only commits it, unless it is the last."""
+        last = self.start[rows] + self.size
+        self.done[rows] = (last >= self.ends[rows]) | self._has_eos(rows, last)
+        self.post[rows] = self.settings.max_post_steps + 1
+        if self.recorder:
+            self.recorder.close(rows, self.start[rows], self.size)
+
+    def _close(self, stable: Tensor, exhausted: Tensor) -> Tensor:
+        """Moves rows whose block is `stable` to their next one; returns (b,) bool, True = has moved."""
+        live, end = self.live, self.start[self.live] + self.size
+        finished = (end >= self.ends[live]) | self._has_eos(live, end)
+        if self.recorder:
+            self.recorder.close(live[stable], self.start[live[stable]], self.size)
+        self._exhaust(live[exhausted])
+        self.done[live[stable & finished]] = True
+        moving = stable & ~finished
+        if self.settings.look_back and bool(moving.any()):
+            self._look_back(moving)
+        self.start[live[moving]] = end[moving]
+        self.post[live[moving]] = 0
+        return moving
+
+    def _drop_finished(self) -> None:
+        kept = (~self.done[self.live]).nonzero().squeeze(1)
+        if len(kept) < len(self.live):
+            self.live = self.live[kept]
+            self.cache.keep_rows(kept)
+            self.carry = self.carry[kept]
+
+    def _has_eos(self, rows: Tensor, end: Tensor) -> Tensor:
+        """(b,) True = an EOS stands among the generated tokens before `end`."""
+        if not self.settings.stop_at_eos:
+            return torch.zeros_like(end, dtype=torch.bool)
+        column = torch.arange(self.canvas.shape[1], device=end.device)
+        generated = (column >= self.lengths[rows][:, None]) & (column < end[:, None])
+        return (torch.isin(self.canvas[rows], self.eos) & generated).any(-1)
+
+    def _look_back(self, closing: Tensor) -> None:
+        """Edits in the `look_back` blocks before a just closed one, that block in view; then the window is committed anew.
+
+        All live rows are fed (a batch is one tensor), but only `closing` rows are edited; for the others the window is
+        their own last blocks and the second forward restores exactly the keys that were there.
+        """
+        live, span = self.live, (self.settings.look_back + 1) * self.size
+        start = (self.start[live] + self.size - span).clamp(min=0)
+        positions = self._positions(start, span)
+        horizon = self.start[live] + self.size
+        logits = self._forward(positions, horizon=horizon)
+        self._count(live[closing], span)
+        if self.shift:  # the window's first token has no row in the window; it stays
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        tokens, confidence = rules.choose(logits, self.settings.temperature, self.generator)
+        current = self.canvas[live].gather(1, positions)
+        reach = closing[:, None] & (positions < self.start[live][:, None]) & (positions >= self.lengths[live][:, None])
+        reach &= (positions > start[:, None]) if self.shift else True
+        edited = rules.edit(tokens, confidence, current, reach, self.settings.tau_edit)
+        self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(edited, tokens, current))
+        if self.recorder:
+            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence)
+            self.recorder.snap(self.canvas, self.forwards)
+        raw = self._forward(positions)
+        self._count(live[closing], span)
+        if self.shift:
+            last = (self.start[live] + self.size - 1 - start)[:, None, None].expand(-1, 1, raw.shape[-1])
+            self.carry = torch.where(closing[:, None], raw.gather(1, last)[:, 0], self.carry)
+        if self.recorder:
+            self.recorder.snap(self.canvas, self.forwards)
+
+
+@torch.inference_mode()
+def edit_decode(model, prompt_ids: Tensor, settings: EditSettings, *, attention_mask: Tensor | None = None,
+                generator: torch.Generator | None = None, trace: bool = False) -> Decoded:
+    """Block-diffusion decoding with two thresholds; exactly LLaDA2.1's loop for a batch of one.
+
+    prompt_ids (B, P) long, left-padded with attention_mask (B, P) (1 = real) where lengths differ. In each block, from
+    position prompt_length // K * K on: one forward; masked positions more confident than tau_mask are filled (at least
+    one), visible generated ones whose argmax changed with more than tau_edit are edited; the block closes on the first
+    forward that finds no mask and edits nothing, or after max_post_steps forwards without masks. Returns `Decoded`,
+    ids (B, max_new_tokens) cut after the first EOS. Prompt tokens never change, [MASK] never comes out. Raises HildaError
+    on a model without a `hilda` record, a prompt longer than the context, or thresholds below 0.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(prompt_ids)
+    lengths = attention_mask.long().sum(1)
+    if not torch.equal(attention_mask.long(), (torch.arange(prompt_ids.shape[1], device=prompt_ids.device) >= (prompt_ids.shape[1] - lengths)[:, None]).long()):
+        raise HildaError("attention_mask: prompts must be left-padded (zeros first, then ones)")
+    state = _Decode(model, prompt_ids, lengths, settings, generator, trace)
+    while len(state.live):
+        state.step()
+    return _collect(state, settings)
+
+
+def _collect(state: _Decode, settings: EditSettings) -> Decoded:
+    """Cuts the generated tokens out of the canvas and pads them with EOS after the first EOS."""
+    positions = state.lengths[:, None] + torch.arange(settings.max_new_tokens, device=state.canvas.device)
+    ids = state.canvas.gather(1, positions)
+    if len(state.eos):
+        after = torch.isin(ids, state.eos).long().cumsum(1) - torch.isin(ids, state.eos).long() > 0
+        ids = ids.masked_fill(after, int(state.eos[0]))
+    return Decoded(ids, state.forwards, state.fed, state.recorder.trace() if state.recorder else None)

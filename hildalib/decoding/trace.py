@@ -1,0 +1,73 @@
+"""What happened in a decode, forward by forward, for figures and sliders. Entry points: `Trace`, `Recorder`."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROMPT, MASK, DRAFT, EDITED, COMMITTED = range(5)  # state codes of a position
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The canvas before the first forward (entry 0) and after each of S forwards; numpy arrays.
+
+    ids (S+1, B, T) int64. state (S+1, B, T) uint8: PROMPT, MASK, DRAFT (filled, block open), EDITED (changed by an edit at
+    least once), COMMITTED (block closed, never edited). confidence (S+1, B, T) float32: probability of the token when it was
+    last written, nan for prompt and mask. forward (S+1, B) int64: forwards the row had taken part in. prompt_length (B,).
+    """
+
+    ids: np.ndarray
+    state: np.ndarray
+    confidence: np.ndarray
+    forward: np.ndarray
+    prompt_length: np.ndarray
+    block_size: int
+    mask_token_id: int
+
+    def save(self, path: Path) -> Path:
+        """Writes a compressed .npz."""
+        np.savez_compressed(path, **{field.name: getattr(self, field.name) for field in fields(self)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Trace":
+        with np.load(path, allow_pickle=False) as stored:
+            values = {field.name: stored[field.name] for field in fields(cls)}
+        return cls(**values | {name: int(values[name]) for name in ("block_size", "mask_token_id")})
+
+
+class Recorder:
+    """Collects a Trace while a decoder runs; all inputs (B, T) of the full batch."""
+
+    def __init__(self, canvas: Tensor, prompt_length: Tensor, block_size: int, mask_token_id: int):
+        self.meta = (prompt_length.cpu().numpy(), block_size, mask_token_id)
+        prompt = torch.arange(canvas.shape[1], device=canvas.device) < prompt_length[:, None]
+        self.state = torch.where(prompt, PROMPT, MASK).to(torch.uint8)
+        self.confidence = torch.full(canvas.shape, torch.nan, device=canvas.device)
+        self.frames: list[tuple] = []
+        self.snap(canvas, torch.zeros_like(prompt_length))
+
+    def snap(self, canvas: Tensor, forwards: Tensor) -> None:
+        """Stores the canvas and the forwards (B,) spent so far."""
+        frame = (canvas, self.state, self.confidence, forwards)
+        self.frames.append(tuple(value.cpu().numpy().copy() for value in frame))
+
+    def write(self, rows: Tensor, positions: Tensor, filled: Tensor, edited: Tensor, confidence: Tensor) -> None:
+        """rows (b,); positions, filled, edited, confidence (b, Q): what one forward wrote."""
+        for where, code in ((filled, DRAFT), (edited, EDITED)):
+            row, column = rows[:, None].expand_as(positions)[where], positions[where]
+            self.state[row, column] = code
+            self.confidence[row, column] = confidence[where].float()
+
+    def close(self, rows: Tensor, starts: Tensor, block_size: int) -> None:
+        """The blocks of `rows` that begin at `starts` are closed: drafts become committed."""
+        for row, start in zip(rows.tolist(), starts.tolist()):
+            block = self.state[row, start:start + block_size]
+            block[block == DRAFT] = COMMITTED
+
+    def trace(self) -> Trace:
+        ids, state, confidence, forward = (np.stack(frames) for frames in zip(*self.frames))
+        return Trace(ids, state, confidence, forward, *self.meta)

@@ -1,0 +1,120 @@
+"""Model x task x decoder -> scores with intervals and what they cost.
+
+Entry points: `run` (one row an item), `summary` (one row a run, Wilson interval), `diffusion` and `autoregressive` (decoders),
+`likelihood` (nats a token under a judge), `across_seeds`.
+"""
+
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hildalib import HildaError, backbones
+from hildalib.decoding import Decoded, EditSettings, ar_decode, edit_decode
+from hildalib.decoding.edit import eos_ids
+from hildalib.intervals import mean_interval, wilson
+from hildalib.training import peak_memory_gb
+
+Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt_ids (B, P), attention_mask (B, P))
+
+
+def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
+    """Threshold-edit decoding as a decoder of `run`."""
+    return lambda model, ids, real: edit_decode(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def autoregressive(max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Decoder:
+    """The AR twin's decoding, with KV cache, as a decoder of `run`."""
+    return lambda model, ids, real: ar_decode(model, ids, attention_mask=real, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), each (B, P) long, of token lists of different lengths."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
+    return ids, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+
+def generated_tokens(ids: Tensor, eos: list[int]) -> Tensor:
+    """(B,) tokens up to and with the first EOS: what counts as generated. EOS padding after it does not."""
+    ended = torch.isin(ids, torch.tensor(eos, dtype=ids.dtype, device=ids.device)).long()
+    return (ended.cumsum(1) - ended == 0).sum(1)
+
+
+def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, seed: int = 0, split: str = "test",
+        batch_size: int = 32, chat: bool = False) -> pd.DataFrame:
+    """Decodes and scores `limit` items of a task split; one row an item.
+
+    Columns: prompt, text, score in [0, 1], tokens (generated, first EOS included), forwards, positions_fed (prefill and
+    commits included), seconds and cpu_seconds (the batch's time, shared equally). chat: wrap prompts in the tokenizer's
+    chat template. Raises HildaError when the split is empty.
+    """
+    items = task.items(split, limit=limit, seed=seed)
+    if not items:
+        raise HildaError(f"task {task.name}: split {split!r} is empty; check HILDA_DATA or choose another split")
+    eos, frames = eos_ids(model), []
+    bar = tqdm(total=len(items), desc=f"{task.name} ({split})", unit="item", disable=None)
+    for start in range(0, len(items), batch_size):
+        part = items[start:start + batch_size]
+        prompts = [task.prompt(item) for item in part]
+        texts = [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat else prompts
+        ids, real = left_pad(tokenizer(texts, add_special_tokens=False)["input_ids"], eos[0])
+        wall, cpu = time.perf_counter(), time.process_time()
+        decoded = decoder(model, ids.to(model.device), real.to(model.device))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        texts = tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
+        frames.append(pd.DataFrame({
+            "prompt": prompts, "text": texts, "score": [task.score(text, item) for text, item in zip(texts, part)],
+            "tokens": generated_tokens(decoded.ids, eos).tolist(), "forwards": decoded.forwards.tolist(),
+            "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part)}))
+        bar.update(len(part))
+    bar.close()
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row: accuracy (mean score) with its 95 % Wilson interval low..high, items, NFE and positions an item, TPF = generated
+    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far.
+
+    The Wilson interval treats the mean score as a proportion: exact for 0/1 scores, conservative for scores between.
+    """
+    low, high = wilson(frame.score.sum(), len(frame))
+    return pd.DataFrame([{
+        "accuracy": frame.score.mean(), "low": float(low), "high": float(high), "items": len(frame), "nfe": frame.forwards.mean(),
+        "tpf": frame.tokens.sum() / frame.forwards.sum(), "tokens_per_s": frame.tokens.sum() / frame.seconds.sum(),
+        "positions_fed": frame.positions_fed.mean(), "cpu_seconds": frame.cpu_seconds.mean(), "tokens": frame.tokens.mean(),
+        "peak_memory_gb": peak_memory_gb()}])
+
+
+@torch.inference_mode()
+def likelihood(judge, tokenizer, prompts: list[str], texts: list[str], batch_size: int = 8) -> list[float]:
+    """Nats a token of each text after its prompt under the AR model `judge` (nan for an empty text). Right-padded batches:
+    causal attention never looks at the padding."""
+    scores = []
+    for start in range(0, len(texts), batch_size):
+        heads = tokenizer(prompts[start:start + batch_size], add_special_tokens=False)["input_ids"]
+        tails = tokenizer(texts[start:start + batch_size], add_special_tokens=False)["input_ids"]
+        rows = [head + tail for head, tail in zip(heads, tails)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=judge.device)
+        nll = F.cross_entropy(judge(input_ids=ids, use_cache=False).logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        for values, head, row in zip(nll, heads, rows):
+            own = values[max(len(head) - 1, 0):len(row) - 1]
+            scores.append(own.mean().item() if len(own) else float("nan"))
+    return scores
+
+
+def across_seeds(tables: dict[int, pd.DataFrame], keys: list[str], values: list[str]) -> pd.DataFrame:
+    """Mean and 95 % t-interval over seeds of each value, one row per combination of `keys`; column n_seeds says how many."""
+    stacked = pd.concat([table.assign(run_seed=seed) for seed, table in tables.items()], ignore_index=True)
+    rows = []
+    for key, group in stacked.groupby(keys, sort=False):
+        row = dict(zip(keys, key if isinstance(key, tuple) else (key,))) | {"n_seeds": group.run_seed.nunique()}
+        for value in values:
+            row[value], row[f"{value}_low"], row[f"{value}_high"] = mean_interval(group[value])
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,102 @@
+"""One forward of block diffusion: the layout [noisy copies | clean], its mask, and the rows that predict each token.
+
+Entry points: `Layout.build`, `target_logits` (LM head only where a loss or a draft needs it), `validate`.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hildalib import attention
+from hildalib.noise import corrupt
+from hildalib.objective import predictable, source_rows
+
+CHECK_RATES = (0.15, 0.5, 1.0)  # validation mask rates: near the end, in the middle and at the start of a block's decoding
+
+
+@contextlib.contextmanager
+def selected_rows(model, index: Tensor):
+    """Within, the LM head sees only the rows `index` (n,) of the flattened (B * Q) hidden states: logits are (1, n, V).
+
+    The head and its softmax are a third of the cost at 49k tokens of vocabulary; rows without loss need neither. A hook,
+    because DDP and PEFT only work when the whole model's forward is called.
+    """
+    head = model.get_output_embeddings() if not hasattr(model, "module") else model.module.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[index][None],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Layout:
+    """One forward of block diffusion: what goes in, and which of its rows predict the (C, L) positions of each copy."""
+
+    ids: Tensor  # (B, rows)
+    mask: Tensor
+    positions: Tensor
+    source: Tensor = field(repr=False)  # (C, L)
+
+    @classmethod
+    def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool) -> "Layout":
+        """x0, docs (B, L); noisy (B, C, L). The clean half is dropped at block size L, the noisy one at shifted size 1."""
+        batch, copies, length = noisy.shape
+        device = x0.device
+        if block_size == 1 and label_shift:
+            ids, mask = x0, attention.block_causal(length, 1, docs)
+            source = source_rows(length, length, True, clean=False)[:1].expand(copies, -1)
+            parts = 1
+        elif block_size == length:
+            ids, mask = noisy.flatten(0, 1), attention.full(docs.repeat_interleave(copies, 0))
+            source, parts = source_rows(length, length, label_shift, clean=False), 1
+        else:
+            ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies)
+            source, parts = source_rows(length, block_size, label_shift, copies=copies), copies + 1
+        positions = torch.arange(length, device=device).repeat(parts).expand(len(ids), -1)
+        return cls(ids, mask.to(device), positions, source.to(device))
+
+    def rows(self, targets: Tensor) -> Tensor:
+        """(n,) flat hidden rows that predict the True positions of targets (B, C, L), in row-major order."""
+        batch, copies, length = targets.shape
+        if len(self.ids) == batch:
+            flat = self.source[None] + self.ids.shape[1] * torch.arange(batch, device=targets.device)[:, None, None]
+        else:  # block size L: every copy is a row of the forward
+            flat = self.source[:1] + length * torch.arange(batch * copies, device=targets.device)[:, None]
+            flat = flat.view(batch, copies, length)
+        return flat[targets]
+
+
+def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+    """(n, V) float logits of the True positions of targets (B, C, L), row-major, with [MASK] barred from the output."""
+    source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    with selected_rows(model, layout.rows(targets)):
+        logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False).logits[0].float()
+    plain = getattr(model, "module", model)
+    logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
+    return logits
+
+
+@torch.no_grad()
+def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bool, rates=CHECK_RATES, batch_size: int = 32,
+             seed: int = 0) -> dict[float, float]:
+    """{t: nats per masked token} on held-out rows, the same masks for every model of a vocabulary (seeded)."""
+    model.eval()
+    out = {}
+    for t in rates:
+        total = count = 0.0
+        for start in range(0, len(rows["input_ids"]), batch_size):
+            x0, docs, maskable = (rows[key][start:start + batch_size] for key in ("input_ids", "doc_ids", "maskable"))
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            noised = corrupt(x0, predictable(maskable, docs, label_shift), block_size=block_size, t=t, generator=generator,
+                             mask_token_id=model.config.hilda["mask_token_id"], forbidden_ids=[])
+            canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
+            targets = noised.mask_targets.to(model.device)
+            logits = target_logits(model, Layout.build(*canvas, block_size, label_shift), targets[:, None])
+            total += F.cross_entropy(logits, x0.to(model.device)[targets], reduction="sum").item()
+            count += noised.mask_targets.sum().item()
+        out[t] = total / max(count, 1)
+    return out

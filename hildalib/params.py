@@ -1,0 +1,365 @@
+"""Typed parameter records of the notebooks, and the check that every value passes before a kernel starts.
+
+A record declares each parameter once: type, smoke default, help, bounds or choices. `load` merges the defaults with
+params/<profile>/<notebook>.yaml and `--set key=value`; `cell_mismatch` compares a record with the notebook's own parameters cell.
+To add a parameter write one line in its record, e.g. `lr: float = field(1e-3, "peak learning rate", low=0)`, then the same
+name and default in the notebook's parameters cell and a value in each params/<profile>/<notebook>.yaml.
+"""
+
+import ast
+import copy
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from hildalib import HildaError, paths
+
+SMOKE = "smoke"  # the notebooks' own defaults; the one profile without a folder of YAML files
+Pairs = list[tuple[int, int]]  # [[size, steps], ...], as in a block-size schedule
+RECORDS: dict[str, type] = {}
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def field(default, help: str, *, low: float | None = None, high: float | None = None, choices: Iterable | None = None):
+    """A parameter with its smoke default; bounds are inclusive, and bounds and choices hold for each element of a list."""
+    rules = {"help": help, "low": low, "high": high, "choices": tuple(choices) if choices is not None else None}
+    return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=rules)
+
+
+def notebook(name: str):
+    """Class decorator: a frozen record of the parameters of notebook `name`."""
+    def register(cls: type) -> type:
+        RECORDS[name] = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        return RECORDS[name]
+    return register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    profile: str = field(SMOKE, "name of the parameter set")
+    seed: int = field(0, "seed of everything random", low=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Parameters shared by the notebooks that train; hildalib.recipe.Recipe explains each."""
+
+    batch_size: int = field(8, "rows in a micro-batch", low=1)
+    accumulate: int = field(1, "micro-batches in an optimiser step", low=1)
+    lr: float = field(1e-3, "peak learning rate", low=0)
+    weighting: str = field("mean", "M2T weight", choices=("mean", "1/t"))
+    low: float = field(0.0, "lowest mask rate", low=0, high=1)
+    high: float = field(1.0, "highest mask rate", low=0, high=1)
+    full_share: float = field(0.1, "share of blocks masked completely", low=0, high=1)
+    complementary: bool = field(False, "train on each mask and on its complement")
+    edit_rate: float = field(0.1, "share of visible tokens replaced at random (T2T)", low=0, high=1)
+    edit_weight: float = field(0.5, "weight of the T2T loss", low=0)
+    keep_weight: float = field(0.1, "weight of the loss on untouched visible tokens", low=0)
+    draft_share: float = field(0.5, "share of rows that carry the model's own drafts", low=0, high=1)
+    draft_turns: int = field(1, "no-gradient turns that write a draft", low=1)
+    ar_share: float = field(0.1, "share of steps at block size 1", low=0, high=1)
+    kl_weight: float = field(0.5, "share of the parent's distribution in the M2T label", low=0, high=1)
+    kl_top_k: int = field(16, "tokens kept of the parent's distribution", low=1)
+    optimizer: str = field("adamw_torch_fused", "a Trainer optimizer", choices=("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"))
+    precision: str = field("float32", "arithmetic of the forward", choices=("float32", "bfloat16"))
+    gradient_checkpointing: bool = field(False, "trade time for memory")
+    save_every: int = field(0, "steps between resumable checkpoints, 0 for none", low=0)
+    arms: list[str] = field(["dLLM", "no T2T", "AR twin"], "what is trained; hildalib.recipe.ARMS")
+
+
+@notebook("01_data")
+class Data(Common):
+    model: str = field("nano", "backbone whose tokenizer is used")
+    sources: list[str] = field(["arithmetic"], "names of the text and task sources")
+    documents: int = field(300, "training documents drawn from each source", low=1)
+    eval_documents: int = field(60, "validation documents drawn from each source", low=1)
+    length: int = field(64, "tokens in a packed row", low=2)
+    block_size: int = field(8, "tokens in a block of the diffusion grid", low=1)
+    whole_documents: bool = field(True, "never split a document over rows")
+    sft_sources: list[str] = field(["arithmetic"], "sources of prompt-response pairs")
+    sft_documents: int = field(120, "training pairs drawn from each source", low=1)
+    sft_eval_documents: int = field(60, "validation pairs drawn from each source", low=1)
+
+
+@notebook("02_wsd")
+class Wsd(Training, Common):
+    model: str = field("nano", "backbone to convert: nano, smollm2-135m, a folder or a hub id")
+    hidden: int = field(32, "width of nano", low=8)
+    layers: int = field(2, "layers of nano", low=1)
+    parent_steps: int = field(30, "optimiser steps that train nano as an AR model", low=1)
+    parent_batch: int = field(8, "rows a step of the parent's training", low=1)
+    parent_lr: float = field(0.003, "peak learning rate of the parent's training", low=0)
+    lr: float = field(0.002, "peak learning rate", low=0)
+    warmup: Pairs = field([[1, 2], [4, 6]], "[[block size, steps], ...] up from block size 1")
+    stable: list[int] = field([64, 0], "[block size, steps] of the full-sequence stage; 0 steps leave it out")
+    decay: Pairs = field([[8, 12]], "[[block size, steps], ...] down to the working size")
+    label_shift: bool = field(True, "predict position i from row i - 1, as the parent does")
+    copies: int = field(1, "noisy copies that share one clean copy", low=1)
+    cap_weight: float = field(0.0, "weight of the confidence-aware loss (CAP)", low=0)
+    mask_noise: float = field(0.1, "std of the noise on [MASK] embeddings at the start", low=0)
+    mask_noise_steps: int = field(5, "steps until that noise has faded", low=0)
+    merge_top_k: int = field(0, "best checkpoints to average at the end; 0 keeps the last weights", low=0)
+
+
+@notebook("03_sft")
+class Sft(Training, Common):
+    block_size: int = field(8, "tokens in a block; that of 01_data", low=1)
+    steps: int = field(6, "optimiser steps", low=1)
+    full_share: float = field(0.2, "share of blocks masked completely", low=0, high=1)
+    ar_share: float = field(0.0, "share of steps at block size 1", low=0, high=1)
+    kl_weight: float = field(0.0, "share of the AR twin's distribution in the M2T label", low=0, high=1)
+    sample_task: str = field("arithmetic", "task whose prompts are answered at the end")
+    sample_items: int = field(3, "how many", low=1)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+
+
+@notebook("04_decode")
+class Decode(Common):
+    arm: str = field("dLLM", "model of 03_sft to decode")
+    task: str = field("arithmetic", "task whose validation prompts are decoded")
+    items: int = field(16, "prompts a pair of thresholds", low=1)
+    batch_size: int = field(64, "prompts decoded together", low=1)
+    tau_masks: list[float] = field([0.5, 0.9], "thresholds for writing a token", low=0, high=1)
+    tau_edits: list[float] = field([0.0, 0.5, 1.0], "thresholds for editing a token; 1 never edits", low=0, high=1)
+    max_post_steps: int = field(4, "forwards a block may spend after its last mask", low=0)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    trace_prompts: int = field(2, "prompts whose traces the sliders show", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+    quality_margin: float = field(0.05, "accuracy that presets may give up for speed", low=0, high=1)
+
+
+@notebook("05_benchmarks")
+class Benchmarks(Common):
+    task_names: list[str] = field(["arithmetic"], "tasks; hildalib.tasks.NAMES")
+    items: int = field(16, "test items a task", low=1)
+    batch_size: int = field(64, "prompts decoded together", low=1)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    plain_arm: str = field("no T2T", "arm of 03_sft that was not trained to edit; empty for no comparison")
+    sweep_masks: list[float] = field([0.5, 0.9], "tau_mask values of the editing comparison", low=0, high=1)
+    sweep_edits: list[float] = field([0.5, 1.0], "tau_edit values of the editing comparison", low=0, high=1)
+    sweep_items: int = field(16, "test items a setting of that comparison", low=1)
+    judge: str = field("", "AR model that judges open text; empty for none")
+    chat: bool = field(False, "wrap prompts in the chat template")
+
+
+def defaults(notebook: str, record: type | None = None) -> dict:
+    """The smoke values of a notebook: what its parameters cell holds."""
+    return _plain(dataclasses.asdict((record or _record(notebook))()))
+
+
+def load(notebook: str, profile: str = SMOKE, overrides: Mapping[str, object] | None = None, *,
+         record: type | None = None, folder: Path | None = None) -> dict:
+    """Checked parameters of a run: smoke defaults <- <folder>/<profile>/<notebook>.yaml <- overrides.
+
+    A profile's file must hold exactly the keys of the record, so that no value is taken in silence. Values in `overrides` that
+    are strings are read as YAML. folder: the folder of all profiles. Raises HildaError on an unknown notebook, profile or key, a
+    missing key, a wrong type, a value out of bounds or a broken file, and names the place and the remedy.
+    """
+    record, folder = record or _record(notebook), folder or paths.params()
+    values = defaults(notebook, record)
+    if profile != SMOKE:
+        path = _profile_file(notebook, profile, folder)
+        found = _read(path)
+        _check_keys(found, record, str(path))
+        missing = [name for name in values if name not in found]
+        if missing:
+            lines = ", ".join(f"`{name}: {_yaml(values[name])}`" for name in missing)
+            raise HildaError(f"{path}: missing {', '.join(missing)}; add {lines} (the smoke values) or your own")
+        values = check(record, found, str(path))
+        if values["profile"] != profile:
+            raise HildaError(f"{path}: profile is {values['profile']!r} in the folder of {profile!r}; write `profile: {profile}`")
+    given = {key: _parse(value) for key, value in (overrides or {}).items()}
+    _check_keys(given, record, "--set")
+    if given.get("profile", profile) != profile:
+        raise HildaError(f"--set: profile cannot be set; use --profile {given['profile']}")
+    return values | check(record, given, "--set")
+
+
+def check(record: type, values: Mapping[str, object], where: str) -> dict:
+    """`values` with each entry checked against its declaration; an int becomes a float where a float is declared."""
+    hints = typing.get_type_hints(record)
+    declared = {field.name: field for field in dataclasses.fields(record)}
+    return {name: _value(value, hints[name], declared[name], f"{where}: {name}") for name, value in values.items()}
+
+
+def profiles(folder: Path | None = None) -> list[str]:
+    """Every profile: smoke and each folder under params/."""
+    folder = folder or paths.params()
+    return [SMOKE, *sorted(entry.name for entry in folder.iterdir() if entry.is_dir())] if folder.is_dir() else [SMOKE]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause for an error message: the known name that is probably meant, else all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def cell_parameters(nb) -> dict:
+    """Names and values of the cell tagged `parameters` of an nbformat notebook.
+
+    Read with ast rather than papermill's line pattern, which misses `x: int | None = None` and strings holding `=`.
+    """
+    tagged = [cell for cell in nb.cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise HildaError(f"{len(tagged)} cells carry the tag 'parameters'; tag exactly one, or values given to a run are overwritten")
+    values = {}
+    for node in ast.parse(tagged[0].source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        try:
+            values[targets[0].id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise HildaError(f"line {node.lineno} of the parameters cell is not `name = literal`; keep only such lines in it") from None
+    return values
+
+
+def cell_mismatch(nb, record: type) -> list[str]:
+    """Differences between a notebook's parameters cell and its record, one line each; [] where they agree."""
+    cell, declared = cell_parameters(nb), _plain(dataclasses.asdict(record()))
+    lines = [f"{name} is in the cell but not in the record" for name in cell if name not in declared]
+    lines += [f"{name} is in the record but not in the cell; write `{name} = {value!r}`"
+              for name, value in declared.items() if name not in cell]
+    lines += [f"{name} is {cell[name]!r} in the cell and {value!r} in the record"
+              for name, value in declared.items() if name in cell and _typed(cell[name]) != _typed(value)]
+    return lines
+
+
+def _record(notebook: str) -> type:
+    if notebook not in RECORDS:
+        raise HildaError(f"unknown notebook {notebook!r}; {nearest(notebook, RECORDS)}")
+    return RECORDS[notebook]
+
+
+def _profile_file(notebook: str, profile: str, folder: Path) -> Path:
+    if profile not in profiles(folder):
+        raise HildaError(f"unknown profile {profile!r}; {nearest(profile, profiles(folder))}")
+    path = folder / profile / f"{notebook}.yaml"
+    if not path.is_file():
+        raise HildaError(f"{path} does not exist; write it with the keys of the parameters cell of {notebook}")
+    return path
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, where YAML would keep the last in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        raise HildaError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise HildaError(f"{path}: must hold lines `key: value`, found {type(found).__name__}")
+    return found
+
+
+def _check_keys(values: Mapping, record: type, where: str) -> None:
+    known = {field.name: field.metadata["help"] for field in dataclasses.fields(record)}
+    for name in values:
+        if name not in known:
+            raise HildaError(f"{where}: unknown parameter {name!r}; {nearest(str(name), known)}")
+
+
+def _parse(value):
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value) if value else value
+    except yaml.YAMLError:
+        return value  # a bare string such as "a: b: c"; the type check speaks about it
+
+
+def _value(value, kind, declared: dataclasses.Field, where: str):
+    rules = declared.metadata
+    try:
+        checked = _coerce(value, kind)
+    except TypeError:
+        example = _yaml(declared.default_factory())
+        raise HildaError(f"{where} = {value!r}: expected {_name(kind)}, for example `{declared.name}: {example}` "
+                         f"({rules['help']})") from None
+    for leaf in _leaves(checked):
+        if leaf is None:
+            continue
+        if rules["choices"] is not None and leaf not in rules["choices"]:
+            raise HildaError(f"{where} = {leaf!r}: {nearest(str(leaf), map(str, rules['choices']))} ({rules['help']})")
+        below, above = (rules["low"] is not None and leaf < rules["low"]), (rules["high"] is not None and leaf > rules["high"])
+        if below or above:
+            raise HildaError(f"{where} = {leaf!r}: must be {_bounds(rules)} ({rules['help']})")
+    return checked
+
+
+def _coerce(value, kind):
+    """`value` as `kind`, or TypeError. Numbers never come from booleans, nor integers from floats."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _coerce(value, option)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return [_coerce(item, arguments[0]) for item in value]
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
+            raise TypeError
+        return [_coerce(item, option) for item, option in zip(value, arguments)]
+    if kind is float and isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise TypeError
+    return value
+
+
+def _leaves(value) -> list:
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
+
+
+def _plain(value):
+    """Tuples as lists: what YAML, JSON and a parameters cell hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _typed(value):
+    return [_typed(item) for item in value] if isinstance(value, (list, tuple)) else (type(value), value)
+
+
+def _bounds(rules: Mapping) -> str:
+    low, high = rules["low"], rules["high"]
+    return f"in [{low}, {high}]" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
+
+
+def _name(kind) -> str:
+    if kind == Pairs:
+        return "a list of [size, steps] pairs of integers"
+    plain = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", types.NoneType: "null"}
+    if kind in plain:
+        return plain[kind]
+    inner = [_name(option) for option in typing.get_args(kind)]
+    return f"a list, each item {inner[0]}" if typing.get_origin(kind) is list else " or ".join(inner)
+
+
+def _yaml(value) -> str:
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf)
+    return text.removesuffix("...\n").strip()

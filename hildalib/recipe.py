@@ -1,0 +1,158 @@
+"""A training run as data: every choice in `Recipe`, every example in `NoisedRows`.
+
+Everything random about row n of a run (its text, block size, noise, drafts) is a function of (seed, n) alone, so resumed,
+accumulated and multi-process runs see the same data. Entry points: `Recipe`, `arm` (one idea changed), `NoisedRows`, `collate`, `noised_of`.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hildalib import HildaError
+from hildalib.noise import Noised, block_rates, complement, corrupt
+from hildalib.objective import predictable
+from hildalib.wsd import BlockSchedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a training run; defaults are the plain LLaDA2.0 objective. Unpublished values are ours.
+
+    schedule: block sizes by step. low, high, full_share: bandwidth of t and the share of fully masked blocks.
+    edit_rate: share of visible tokens replaced at random (T2T). draft_share: share of rows whose masks are partly filled by
+    the model's own argmax in `draft_turns` no-gradient turns. complementary: a second copy with the complement mask.
+    ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
+    mask_noise: std of the Gaussian noise on [MASK] embeddings, fading to 0 over mask_noise_steps.
+    """
+
+    schedule: BlockSchedule
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    lr_floor: float = 0.05  # final lr as a share of the peak: a cosine that ends in steps too small to matter wastes them
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    optimizer: str = "adamw_torch_fused"
+    label_shift: bool = True
+    weighting: str = "mean"
+    low: float = 0.0
+    high: float = 1.0
+    full_share: float = 0.1
+    complementary: bool = False
+    copies: int = 1
+    edit_rate: float = 0.0
+    edit_weight: float = 0.5
+    keep_weight: float = 0.0
+    draft_share: float = 0.0
+    draft_turns: int = 1
+    ar_share: float = 0.0
+    cap_weight: float = 0.0
+    kl_weight: float = 0.0
+    kl_top_k: int = 16
+    mask_noise: float = 0.0
+    mask_noise_steps: int = 0
+    precision: str = "float32"  # or "bfloat16": autocast over float32 weights
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 0  # 0: only at the end
+    merge_top_k: int = 0  # mean of the k saved checkpoints of the last rung with the best validation loss; 0: the last weights
+    stage: str = "wsd"
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.accumulate
+
+    @property
+    def copies_used(self) -> int:
+        return 2 if self.complementary else self.copies
+
+
+class NoisedRows(torch.utils.data.Dataset):
+    """Row n of a training run with its noise, a pure function of (recipe, n).
+
+    rows: {"input_ids", "doc_ids", "maskable"}, each (N, L); row n shows text `order[n]`, n // global_batch is its step.
+    Items: input_ids, doc_ids (L,), noisy_ids, mask_targets, edit_targets, maskable, t, fill (C, L), block_size, row.
+    """
+
+    def __init__(self, rows: dict[str, Tensor], recipe: Recipe, tokenizer_ids: dict, world_size: int = 1):
+        self.rows, self.recipe, self.ids = rows, recipe, tokenizer_ids
+        self.batch = recipe.global_batch * world_size
+        recipe.schedule.check(rows["input_ids"].shape[1])
+        count, wanted = len(rows["input_ids"]), len(self)
+        rng = np.random.default_rng(recipe.seed)
+        self.order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
+
+    def __len__(self) -> int:
+        return self.recipe.schedule.total_steps * self.batch
+
+    def block_size(self, step: int) -> int:
+        size = self.recipe.schedule.block_size(step)
+        if step and self.recipe.ar_share and np.random.default_rng([self.recipe.seed, step, 1]).random() < self.recipe.ar_share:
+            return 1
+        return size
+
+    def __getitem__(self, n: int) -> dict:
+        recipe, step = self.recipe, n // self.batch
+        x0, docs, maskable = (self.rows[key][self.order[n]][None] for key in ("input_ids", "doc_ids", "maskable"))
+        size = self.block_size(step)
+        maskable = predictable(maskable, docs, recipe.label_shift)
+        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + n) % 2**63)
+        copies = []
+        for _ in range(1 if recipe.complementary else recipe.copies):
+            # size 1 is the AR objective: everything is a target of the clean half
+            t = 1.0 if size == 1 and recipe.label_shift else self._rates(n, size, generator)
+            copies.append(corrupt(x0, maskable, block_size=size, edit_rate=recipe.edit_rate, t=t, generator=generator, **self.ids))
+        if recipe.complementary:
+            copies.append(complement(copies[0], x0, self.ids["mask_token_id"]))
+        drafted = torch.rand(1, generator=generator) < recipe.draft_share
+        fill = [c.mask_targets & drafted & (torch.rand(x0.shape, generator=generator) < torch.rand(1, generator=generator)) for c in copies]
+        item = {name: torch.cat([getattr(c, name) for c in copies]) for name in ("noisy_ids", "mask_targets", "edit_targets", "t", "maskable")}
+        return item | {"fill": torch.cat(fill), "input_ids": x0[0], "doc_ids": docs[0], "block_size": size, "row": n}
+
+    def _rates(self, n: int, size: int, generator: torch.Generator) -> Tensor:
+        length = self.rows["input_ids"].shape[1]
+        return block_rates(1, -(-length // size), low=self.recipe.low, high=self.recipe.high,
+                           full_share=self.recipe.full_share, generator=generator)
+
+
+def collate(items: list[dict]) -> dict:
+    """Stack of items; copies stay a dimension: noisy_ids (B, C, L)."""
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key not in ("block_size", "row")}
+    return batch | {"block_size": items[0]["block_size"], "row": items[0]["row"]}
+
+
+def noised_of(batch: dict) -> Noised:
+    """The batch's noise as (B * C, L) tensors."""
+    return Noised(*(batch[name].flatten(0, 1) for name in ("noisy_ids", "mask_targets", "edit_targets", "t", "maskable")))
+
+
+def arm(recipe: Recipe, name: str) -> Recipe:
+    """`recipe` with one idea changed, for a comparison at equal tokens and steps; ARMS lists the names.
+
+    "AR twin" keeps parent, text, optimiser, batch and number of steps, and trains next-token prediction.
+    """
+    if name == "AR twin":
+        steps = recipe.schedule.total_steps
+        return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
+                       copies=1, cap_weight=0.0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
+    if name not in ARMS:
+        raise HildaError(f"arm {name!r} is unknown; use one of {', '.join(ARMS)}")
+    changes = ARMS[name](recipe)
+    return replace(recipe, **changes)
+
+
+NO_EDITING = {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}
+ARMS = {
+    "dLLM": lambda r: {},
+    "no T2T": lambda r: NO_EDITING,
+    "random T2T": lambda r: {"draft_share": 0.0, "edit_rate": r.edit_rate or 0.1},
+    "hard labels": lambda r: {"kl_weight": 0.0},
+    "parent KL": lambda r: {"kl_weight": r.kl_weight or 0.5},
+    "unshifted": lambda r: {"label_shift": False},
+    "no size-1 rows": lambda r: {"ar_share": 0.0},
+    "direct": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
+    "AR twin": None,
+}

@@ -1,0 +1,270 @@
+"""Conversion, SFT and their AR twins on the Hugging Face Trainer.
+
+Block size 1 with shifted labels is the AR objective: the parent and every twin train through the same code, at the same
+tokens and steps. Entry points: `train` (resumes, saves, returns the log), `DiffusionTrainer`.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hildalib import HildaError, backbones
+from hildalib.layout import Layout, target_logits, validate
+from hildalib.noise import Noised, own_drafts
+from hildalib.objective import combine, correct_entropy, parent_kl, target_counts
+from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
+from hildalib.wsd import merge_checkpoints
+
+BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)  # edges of the per-t loss curves
+
+
+class DiffusionTrainer(Trainer):
+    """Hugging Face Trainer with the block-diffusion objective: its checkpoints, resume, accumulation and accelerate."""
+
+    def __init__(self, *args, recipe: Recipe, hilda: dict, parent=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recipe, self.hilda, self.parent = recipe, hilda, parent
+        self.loss_is_scaled_for_ga = True  # losses are divided by the target counts of the whole step
+        self._sums: dict[str, float] = defaultdict(float)
+        self._clock = time.perf_counter()
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # row n carries its own shuffle, block size and noise
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step, and the target counts of all of them over all processes."""
+        samples = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        counts: dict[str, Tensor] = {}
+        for batch in samples:
+            for name, count in target_counts(self._settled(batch), self.recipe.weighting).items():
+                counts[name] = counts.get(name, 0) + count.to(device)
+        if self.args.world_size > 1:
+            counts = {name: self.accelerator.gather(count[None]).sum() for name, count in counts.items()}
+        return samples, counts
+
+    @staticmethod
+    def _settled(batch: dict) -> Noised:
+        """The noise with drafted positions already counted as edit targets; their ids come later."""
+        noised = noised_of(batch)
+        return own_drafts(noised, batch["fill"].flatten(0, 1), lambda noisy: noisy)
+
+    def _noisy_embeddings(self, model, layout: Layout) -> Tensor | None:
+        """Embeddings with fading Gaussian noise on [MASK] at the start (LLaDA2.0 section 7.1); None once it is over."""
+        step, recipe = self.state.global_step, self.recipe
+        if step >= recipe.mask_noise_steps:
+            return None
+        embeds = self.accelerator.unwrap_model(model).get_input_embeddings()(layout.ids)
+        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
+        noise = recipe.mask_noise * (1 - step / recipe.mask_noise_steps) * torch.randn(embeds.shape, generator=generator)
+        return embeds + noise.to(embeds) * (layout.ids == self.hilda["mask_token_id"])[..., None]
+
+    @torch.no_grad()
+    def _draft(self, model, batch: dict, noised: Noised) -> Noised:
+        """Masks marked `fill` get the model's argmax (multi-turn forward); only rows with such masks are run."""
+        batch_size, copies, length = batch["fill"].shape
+        rows = batch["fill"].any(-1).any(-1)
+        if not rows.any():
+            return noised
+        fill, x0, docs = batch["fill"][rows], batch["input_ids"][rows], batch["doc_ids"][rows]
+
+        def predict(noisy: Tensor) -> Tensor:
+            canvas = noisy.view(batch_size, copies, length).clone()
+            layout = Layout.build(x0, canvas[rows], docs, batch["block_size"], self.recipe.label_shift)
+            drafted = canvas[rows]
+            drafted[fill] = target_logits(model, layout, fill).argmax(-1)
+            canvas[rows] = drafted
+            return canvas.flatten(0, 1)
+
+        return own_drafts(noised, batch["fill"].flatten(0, 1), predict, self.recipe.draft_turns)
+
+    @torch.no_grad()
+    def _teacher(self, batch: dict, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The frozen parent's top-k next-token (log probabilities, ids), each (n, k), for targets (B, C, L)."""
+        layout = Layout.build(batch["input_ids"], targets, batch["doc_ids"], 1, True)  # size 1, shifted: an AR forward
+        logp = target_logits(self.parent, layout, targets).log_softmax(-1)
+        return logp.topk(min(self.recipe.kl_top_k, logp.shape[-1]), dim=-1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        recipe, shape = self.recipe, inputs["noisy_ids"].shape
+        noised = self._draft(model, inputs, noised_of(inputs)) if recipe.draft_share else noised_of(inputs)
+        layout = Layout.build(inputs["input_ids"], noised.noisy_ids.view(shape), inputs["doc_ids"], inputs["block_size"], recipe.label_shift)
+        targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
+        logits = target_logits(model, layout, targets.view(shape), self._noisy_embeddings(model, layout))
+        labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        token_loss, m2t = nll, noised.mask_targets[targets]
+        if recipe.kl_weight:
+            token_loss = nll.clone()
+            kl = parent_kl(logits[m2t], *self._teacher(inputs, noised.mask_targets.view(shape)))
+            token_loss[m2t] = (1 - recipe.kl_weight) * nll[m2t] + recipe.kl_weight * kl
+            self._sums["kl"] += kl.detach().sum().item()
+        grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, token_loss)
+        losses = combine(grid, noised, weighting=recipe.weighting, edit_weight=recipe.edit_weight, keep_weight=recipe.keep_weight, counts=num_items_in_batch)
+        total = losses.total
+        if recipe.cap_weight:
+            entropy, right = correct_entropy(logits[m2t], labels[m2t])
+            total = total + recipe.cap_weight * entropy / right.clamp(min=1) / self.args.gradient_accumulation_steps
+        self._watch(total, inputs, noised, targets, nll.detach())
+        if self.args.world_size > 1:
+            total = total * self.args.world_size  # DDP averages gradients; the counts are already global
+        return (total, logits) if return_outputs else total
+
+    def _watch(self, total: Tensor, batch: dict, noised: Noised, targets: Tensor, nll: Tensor) -> None:
+        """Sums for the log; stops the run at the first loss that is not a number."""
+        if not torch.isfinite(total):
+            raise HildaError(f"loss is {total.item()} at step {self.state.global_step}, block size {batch['block_size']}, row {batch['row']}: "
+                             f"lower `lr`, raise `low` (1/t weighting), or look at that row's text; checkpoints before it are kept")
+        grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, nll)
+        for name, where in (("m2t", noised.mask_targets), ("t2t", noised.edit_targets), ("keep", noised.keep_targets & targets)):
+            self._sums[name] += (grid * where).sum().item()
+            self._sums[f"{name}_n"] += where.sum().item()
+        for low, high in zip(BUCKETS, BUCKETS[1:]):
+            where = noised.mask_targets & (noised.t > low) & (noised.t <= high)
+            self._sums[f"m2t_t{high:.2f}"] += (grid * where).sum().item()
+            self._sums[f"m2t_t{high:.2f}_n"] += where.sum().item()
+        self._sums["block_size"] = batch["block_size"]
+        self._sums["clean_tokens"] += batch["input_ids"].numel() * self.args.world_size
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        """Adds the means since the last log: m2t, t2t, keep, m2t by t bucket (nats), kl, block size, stage, speed, memory."""
+        if "loss" in logs and self._sums:
+            sums, now = self._sums, time.perf_counter()
+            names = ["m2t", "t2t", "keep", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
+            logs |= {name: sums[name] / sums[f"{name}_n"] for name in names if sums[f"{name}_n"]}
+            logs |= {"kl": sums["kl"] / max(sums["m2t_n"], 1)} if self.recipe.kl_weight else {}
+            logs |= {"block_size": int(sums["block_size"]), "stage": self.recipe.schedule.stage(max(self.state.global_step - 1, 0)),
+                     "clean_tokens_per_s": sums["clean_tokens"] / (now - self._clock), "peak_memory_gb": peak_memory_gb()}
+            self._sums, self._clock = defaultdict(float), now
+        super().log(logs, *args, **kwargs)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: the accelerator's if there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss) / 1e9  # Windows keeps a peak; elsewhere the current size, logged often, has one
+
+
+class ProgressLines(TrainerCallback):
+    """A line every few seconds: step, block size, losses, speed, ETA. Plain lines survive papermill; bars do not."""
+
+    SECONDS = 10.0  # often enough to see life, rare enough to keep an executed notebook short
+
+    def __init__(self, title: str):
+        self.title, self.start, self.last = title, time.monotonic(), 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        now = time.monotonic()
+        if "m2t" not in (logs or {}) or (now - self.last < self.SECONDS and state.global_step < state.max_steps):
+            return
+        self.last, done = now, max(state.global_step - self.first, 1)
+        eta = (now - self.start) / done * (state.max_steps - state.global_step)
+        shown = "  ".join(f"{name} {logs[name]:.3f}" for name in ("m2t", "t2t", "kl") if name in logs)
+        print(f"{self.title}  step {state.global_step}/{state.max_steps}  K={logs['block_size']} {logs['stage']}  {shown}  "
+              f"{logs['clean_tokens_per_s']:,.0f} tokens/s  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
+
+
+def _fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
+    """What a run depends on; a checkpoint of another fingerprint is never resumed."""
+    digest = hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()[:32]
+
+
+def _resumable(folder: Path) -> str | None:
+    """The newest complete checkpoint; half-written ones (no readable trainer_state.json, written last) are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(checkpoint)
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulate,
+        max_steps=recipe.schedule.total_steps, learning_rate=recipe.lr, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.lr_floor}, warmup_steps=recipe.warmup_steps, weight_decay=recipe.weight_decay,
+        optim=recipe.optimizer, adam_beta2=0.95, logging_steps=min(recipe.log_every, recipe.schedule.total_steps), save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 1, save_total_limit=None if recipe.merge_top_k else 2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
+        seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda")
+
+
+def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tensor]) -> None:
+    """Loads the mean of the best checkpoints that were saved at the working block size."""
+    schedule, losses = recipe.schedule, {}
+    working = schedule.block_size(schedule.total_steps)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if schedule.block_size(int(checkpoint.name.split("-")[1]) - 1) == working:
+            file = checkpoint / "model.safetensors"
+            model.load_state_dict(load_file(file), strict=False)  # a tied head is stored once
+            losses[file] = sum(validate(model, validation, block_size=working, label_shift=recipe.label_shift).values())
+    best = sorted(losses, key=losses.get)[:recipe.merge_top_k]
+    model.load_state_dict(merge_checkpoints(best), strict=False)
+
+
+def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, validation: dict[str, Tensor] | None = None,
+          title: str = "train"):
+    """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
+
+    rows: {"input_ids" long, "doc_ids" long, "maskable" bool}, each (N, L). parent: the frozen AR model, needed when
+    recipe.kl_weight > 0. validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. An interrupted run with the same recipe, rows and weights continues from its last checkpoint; a
+    finished one is loaded. Raises HildaError on an impossible recipe or a loss that is not a number.
+    """
+    import pandas as pd
+
+    if recipe.kl_weight and parent is None:
+        raise HildaError("kl_weight > 0 needs the frozen AR parent; pass parent=... or set kl_weight to 0")
+    if recipe.merge_top_k and (validation is None or not recipe.save_every):
+        raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint, marker, log = _fingerprint(model, rows, recipe), folder / "fingerprint.txt", folder / "log.csv"
+    if marker.exists() and marker.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    marker.write_text(fingerprint, encoding="utf-8")
+    if log.exists():  # written last, after the model
+        model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=False)
+        return pd.read_csv(log)
+    ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
+           "vocab_size": model.get_input_embeddings().num_embeddings}
+    arguments = _arguments(recipe, folder / "checkpoints", model.device)
+    trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids, arguments.world_size), data_collator=collate,
+                               recipe=recipe, hilda=model.config.hilda, parent=parent)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLines(title))
+    model.train()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainer.train(resume_from_checkpoint=_resumable(folder / "checkpoints"))
+    model.eval()
+    if recipe.merge_top_k:
+        _merge_best(model, recipe, folder / "checkpoints", validation)
+    sizes = [size for size, steps in recipe.schedule.rungs() if steps]
+    model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift, "stage": recipe.stage}
+    backbones.save(model, tokenizer, folder / "model")
+    history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    temporary = log.with_suffix(".tmp")
+    history.to_csv(temporary, index=False)
+    temporary.replace(log)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return history

@@ -1,0 +1,80 @@
+"""Warmup-stable-decay over block sizes (LLaDA2.0 section 4.1) and the merge of its best checkpoints (section 4.3).
+
+Warmup climbs a ladder from block size 1, where the model is its AR parent; stable runs at full sequence length, plain
+MDLM; decay comes down to the working size. Entry points: `BlockSchedule`, `merge_checkpoints`.
+"""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from hildalib import HildaError
+
+Rung = tuple[int, int]  # (block size, optimiser steps)
+
+
+@dataclass(frozen=True)
+class BlockSchedule:
+    """Block size as a function of the optimiser step.
+
+    warmup, decay: [(size, steps), ...] in order; stable: (size, steps), 0 steps to leave the stage out. The size of the
+    last rung holds for every later step.
+    """
+
+    warmup: list[Rung] = field(default_factory=list)
+    stable: Rung = (1, 0)
+    decay: list[Rung] = field(default_factory=list)
+
+    def __post_init__(self):
+        for size, steps in self.rungs():
+            if size < 1 or steps < 0:
+                raise HildaError(f"block schedule: rung ({size}, {steps}) needs size >= 1 and steps >= 0")
+        if not self.total_steps:
+            raise HildaError("block schedule: no steps at all; give warmup, stable or decay at least one")
+
+    def rungs(self) -> list[Rung]:
+        """Every rung in order."""
+        return [tuple(rung) for rung in (*self.warmup, self.stable, *self.decay)]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(steps for _, steps in self.rungs())
+
+    def _rung(self, step: int) -> int:
+        ends = list(accumulate(steps for _, steps in self.rungs()))
+        return next((i for i, end in enumerate(ends) if step < end), max(i for i, (_, n) in enumerate(self.rungs()) if n))
+
+    def block_size(self, step: int) -> int:
+        """Block size K at optimiser step `step` (0-based)."""
+        return self.rungs()[self._rung(step)][0]
+
+    def stage(self, step: int) -> str:
+        """"warmup", "stable" or "decay"."""
+        rung = self._rung(step)
+        return "warmup" if rung < len(self.warmup) else "stable" if rung == len(self.warmup) else "decay"
+
+    def check(self, length: int) -> "BlockSchedule":
+        """Itself, or a HildaError naming the first size that does not divide the row length L."""
+        for size, steps in self.rungs():
+            if steps and length % size:
+                raise HildaError(f"block schedule: block size {size} does not divide length {length}; "
+                                 f"change `length` or the rung")
+        return self
+
+
+def merge_checkpoints(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Uniform arithmetic mean of safetensors files (LLaDA2.0 section 4.3), taken in float32, in each tensor's own dtype.
+
+    Raises HildaError when the files do not hold the same tensors.
+    """
+    mean: dict[str, torch.Tensor] = {}
+    for file in files:
+        state = load_file(file)
+        if mean and (state.keys() != mean.keys() or any(state[name].shape != mean[name].shape for name in state)):
+            raise HildaError(f"{file}: holds other tensors than {files[0]}; merge checkpoints of one run only")
+        for name, value in state.items():
+            mean[name] = mean.get(name, 0) + value.float() / len(files)
+    return {name: mean[name].to(value.dtype) for name, value in state.items()}

@@ -1,0 +1,184 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: notebooks///ipynb,notebooks///py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · Conversion
+#
+# **Question.** How does an autoregressive model become a block-diffusion model, and which parts of the recipe pay at equal tokens?
+#
+# **Needs.** [01 · Data](01_data.ipynb) with the same `profile`, `model` and `seed`.
+#
+# **Time.** Smoke: about 15 seconds. Profile nano: about 10 minutes on two cores (the AR parent is trained here too). Profile smol (SmolLM2-135M, 100 k tokens): about an hour on two cores without bfloat16.
+#
+# **Outputs.** Parent, dLLM, AR twin and ablation arms under `outputs/<profile>/02_wsd/checkpoints`, `losses.csv`, `validation.csv`, three figures.
+
+# %% tags=["parameters"]
+profile = "smoke"
+seed = 0
+model = "nano"
+hidden = 32
+layers = 2
+parent_steps = 30
+parent_batch = 8
+parent_lr = 0.003
+batch_size = 8
+accumulate = 1
+lr = 0.002
+warmup = [[1, 2], [4, 6]]
+stable = [64, 0]
+decay = [[8, 12]]
+label_shift = True
+weighting = "mean"
+low = 0.0
+high = 1.0
+full_share = 0.1
+complementary = False
+copies = 1
+edit_rate = 0.1
+edit_weight = 0.5
+keep_weight = 0.1
+draft_share = 0.5
+draft_turns = 1
+ar_share = 0.1
+cap_weight = 0.0
+kl_weight = 0.5
+kl_top_k = 16
+mask_noise = 0.1
+mask_noise_steps = 5
+optimizer = "adamw_torch_fused"
+precision = "float32"
+gradient_checkpointing = False
+merge_top_k = 0
+save_every = 0
+arms = ["dLLM", "no T2T", "AR twin"]
+
+# %%
+import copy
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+
+from hildalib import artefacts, backbones, figures, layout, nano, paths
+from hildalib.recipe import Recipe, arm
+from hildalib.training import train
+from hildalib.wsd import BlockSchedule
+
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+NOTEBOOK = "02_wsd"
+folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
+
+# %% [markdown]
+# ## The parent
+#
+# `nano` is trained here from random weights, by the same code that converts it: block size 1 with shifted labels *is* next-token prediction. Any other name is loaded with its weights as they are.
+
+# %%
+if model == "nano":
+    parent, tokenizer = nano.nano(hidden, layers, seed=seed)
+else:
+    parent, tokenizer = backbones.load(model, dtype="float32")
+rows = {split: artefacts.load_rows(profile, "01_data", split, seed, vocab_size=parent.get_input_embeddings().num_embeddings) for split in ("train", "validation")}
+if model == "nano":
+    ar = Recipe(schedule=BlockSchedule(stable=(1, parent_steps)), batch_size=parent_batch, lr=parent_lr, warmup_steps=min(50, parent_steps // 10),
+                stage="ar", seed=seed, save_every=save_every)
+    train(parent, tokenizer, rows["train"], ar, folder / "parent", title="AR parent")
+print(f"{parent.num_parameters():,} parameters, {rows['train']['maskable'].sum():,} training tokens, device {parent.device}")
+
+# %% [markdown]
+# ## The schedule
+#
+# Warmup climbs from block size 1, where the model is still its parent, to larger blocks; stable, if given, runs at full length; decay comes down to the working size. Validation first: at block size 1 the diffusion loss of the untouched parent *is* its next-token loss. That is where the conversion starts.
+
+# %%
+schedule = BlockSchedule([tuple(rung) for rung in warmup], tuple(stable), [tuple(rung) for rung in decay])
+working = schedule.block_size(schedule.total_steps)
+parent_loss = layout.validate(parent, rows["validation"], block_size=1, label_shift=True, rates=(1.0,))[1.0]
+print(f"{schedule.total_steps} steps, working block size {working}; the parent's next-token loss is {parent_loss:.3f} nats")
+
+# %% [markdown]
+# ## Conversion, ablations and the twin
+#
+# Every arm starts from the same parent and sees the same text in the same order for the same number of optimiser steps. The AR twin simply goes on with next-token prediction: what the extra training alone buys.
+
+# %%
+recipe = Recipe(schedule=schedule, batch_size=batch_size, accumulate=accumulate, lr=lr, label_shift=label_shift, weighting=weighting, low=low,
+                high=high, full_share=full_share, complementary=complementary, copies=copies, edit_rate=edit_rate, edit_weight=edit_weight,
+                keep_weight=keep_weight, draft_share=draft_share, draft_turns=draft_turns, ar_share=ar_share, cap_weight=cap_weight,
+                kl_weight=kl_weight, kl_top_k=kl_top_k, mask_noise=mask_noise, mask_noise_steps=mask_noise_steps, optimizer=optimizer,
+                precision=precision, gradient_checkpointing=gradient_checkpointing, merge_top_k=merge_top_k, save_every=save_every, seed=seed,
+                stage="wsd")
+models, logs = {}, []
+for name in arms:
+    models[name] = copy.deepcopy(parent)
+    log = train(models[name], tokenizer, rows["train"], arm(recipe, name), folder / name, parent=parent, title=name, validation=rows["validation"])
+    logs.append(log.assign(arm=name))
+logs = pd.concat(logs, ignore_index=True)
+
+# %%
+table = logs[["arm", "step", "stage", "block_size", *[c for c in ("m2t", "t2t", "kl") if c in logs]]]
+origin = {"model": f"{model}, {parent.num_parameters() / 1e6:.1f} M", "data": f"01_data of profile {profile}", "seed": seed, "device": str(parent.device)}
+figures.save(figures.losses(table, parent=parent_loss), "02_losses", table, profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# Block size is the price tag of the curve: whenever it grows, the model must predict more tokens from less context, and the loss steps up before it comes down again.
+#
+# ## Loss by mask rate
+#
+# One number hides much. Near the end of a block's decoding few tokens are masked (small t); at its start all are (t = 1). The same held-out masks for every arm:
+
+# %%
+shift = {name: arm(recipe, name).label_shift for name in arms}
+measured = [{"arm": name, "t": t, "loss": loss} for name in arms if name != "AR twin"
+            for t, loss in layout.validate(models[name], rows["validation"], block_size=working, label_shift=shift[name]).items()]
+validation = pd.DataFrame(measured)
+figures.save(figures.loss_by_t(validation), "02_loss_by_t", validation, profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# ## What is left of the parent
+#
+# At block size 1 every converted model is still an autoregressive one. Its next-token loss, beside the parent's and the twin's, is the knowledge that the conversion cost.
+
+# %%
+kept = pd.DataFrame([{"arm": name, "next_token_loss": layout.validate(models[name], rows["validation"], block_size=1, label_shift=True, rates=(1.0,))[1.0]}
+                     for name in arms if shift[name]] + [{"arm": "parent", "next_token_loss": parent_loss}])
+speed = logs.groupby("arm", sort=False)[["clean_tokens_per_s", "peak_memory_gb"]].agg({"clean_tokens_per_s": "median", "peak_memory_gb": "max"})
+summary = kept.merge(speed.reset_index(), how="left", on="arm")
+figures.save(figures.ablation(kept.rename(columns={"next_token_loss": "next-token loss (nats)"}), "next-token loss (nats)", "arm", better="lower"),
+             "02_next_token", kept, profile=profile, seed=seed, provenance=origin)
+plt.show()
+summary
+
+# %%
+output = paths.output_dir(profile, NOTEBOOK, seed)
+logs.drop(columns=["clean_tokens_per_s", "peak_memory_gb"]).to_csv(output / "losses.csv", index=False)
+validation.to_csv(output / "validation.csv", index=False)
+summary.to_csv(output / "summary.csv", index=False)
+artefacts.write_metrics({"parent_loss": parent_loss, "working_block_size": working, "steps": schedule.total_steps, "parameters": parent.num_parameters(),
+                         "clean_tokens": schedule.total_steps * recipe.global_batch * rows["train"]["input_ids"].shape[1],
+                         "next_token_loss": dict(zip(kept.arm, kept.next_token_loss))}, profile, NOTEBOOK, seed, model=parent)
+print(summary.round(3).to_string(index=False))
+
+# %% [markdown]
+# ## What we learned
+#
+# The conversion starts at the parent's own loss and leaves it only when blocks grow. Read the last table row by row: how much next-token loss the diffusion arms gave up, and what the twin gained in the same steps. Whether the parts of the recipe pay is decided in notebook 05, at equal tokens per forward, not by these losses.
+#
+# Next: [03 · Supervised fine-tuning](03_sft.ipynb).

@@ -1,0 +1,164 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: notebooks///ipynb,notebooks///py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Edit decoding
+#
+# **Question.** What do the two thresholds do: how sure must the model be to write a token (tau_mask), and to change its mind about one (tau_edit)?
+#
+# **Needs.** [03 · SFT](03_sft.ipynb) with the same `profile` and `seed`.
+#
+# **Time.** Smoke: about 10 seconds. Profile nano: about 2 minutes on two cores.
+#
+# **Outputs.** `grid.csv`, presets S and Q tuned on validation prompts (`metrics.json`), stored traces, four figures, and the sliders at the end.
+
+# %% tags=["parameters"]
+profile = "smoke"
+seed = 0
+arm = "dLLM"
+task = "arithmetic"
+items = 16
+batch_size = 64
+tau_masks = [0.5, 0.9]
+tau_edits = [0.0, 0.5, 1.0]
+max_post_steps = 4
+max_new_tokens = 32
+trace_prompts = 2
+chat = False
+quality_margin = 0.05
+
+# %%
+import itertools
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+
+from hildalib import artefacts, backbones, evaluate, figures, paths, tasks, widgets
+from hildalib.decoding import PRESETS, EditSettings, edit_decode
+
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+NOTEBOOK = "04_decode"
+model, tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", arm, seed), dtype="float32")
+benchmark = tasks.load(task)
+print(f"block size {model.config.hilda['block_size']}, label shift {model.config.hilda['label_shift']}")
+
+# %% [markdown]
+# ## One decode, step by step
+#
+# Each forward looks at the current block. Masked positions whose best token is more probable than tau_mask are written (at least one); written ones whose best token has changed, with more than tau_edit, are edited. The block closes at the first forward that finds no mask and edits nothing.
+
+# %%
+prompts = [benchmark.prompt(item) for item in benchmark.items("validation", limit=trace_prompts, seed=seed)]
+texts = [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat else prompts
+
+
+def decode(prompt: str, tau_mask: float, tau_edit: float):
+    ids = torch.tensor(tokenizer([prompt], add_special_tokens=False)["input_ids"], device=model.device)
+    settings = EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_post_steps=max_post_steps, max_new_tokens=max_new_tokens)
+    return edit_decode(model, ids, settings, trace=True).trace
+
+
+pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+fast = decode(texts[0], PRESETS["S"].tau_mask, PRESETS["S"].tau_edit)
+origin = {"model": f"{arm} of profile {profile}", "task": task, "seed": seed, "device": str(model.device)}
+figures.save(figures.filmstrip(fast, pieces), "04_filmstrip", figures.cells(fast, len(fast.ids) - 1, pieces), profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# ## Quality against speed
+#
+# All pairs of thresholds on the same validation prompts. Tokens per forward (TPF) counts every forward: the prompt's, and the one that confirms each block.
+
+# %%
+rows = []
+for tau_mask, tau_edit in itertools.product(tau_masks, tau_edits):
+    settings = EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_post_steps=max_post_steps, max_new_tokens=max_new_tokens)
+    frame = evaluate.run(model, tokenizer, benchmark, evaluate.diffusion(settings), limit=items, seed=seed, split="validation", batch_size=batch_size, chat=chat)
+    rows.append(evaluate.summary(frame).assign(tau_mask=tau_mask, tau_edit=tau_edit))
+    print(f"tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} accuracy {rows[-1].accuracy[0]:.3f}  TPF {rows[-1].tpf[0]:.2f}", flush=True)
+grid = pd.concat(rows, ignore_index=True).assign(quality=lambda table: table.accuracy, arm="dLLM")
+
+# %% [markdown]
+# ## Presets for this model
+#
+# The published thresholds belong to other models. Ours: **Q** is the fastest pair that is no more than `quality_margin` below the best accuracy of the grid by half; **S** the fastest within `quality_margin` times two. Chosen here on validation prompts, used on test prompts in notebook 05.
+
+# %%
+best = grid.accuracy.max()
+presets = {name: grid[grid.accuracy >= best - margin].sort_values("tpf").iloc[-1] for name, margin in (("Q", quality_margin / 2), ("S", 2 * quality_margin))}
+grid["preset"] = ""
+for name, row in presets.items():
+    grid.loc[row.name, "preset"] = name
+grid[["tau_mask", "tau_edit", "accuracy", "low", "high", "tpf", "nfe", "positions_fed", "preset"]].round(3)
+
+# %%
+named = {name: (row.tau_mask, row.tau_edit) for name, row in presets.items()}
+figures.save(figures.surface(grid, presets=named), "04_surface", grid, profile=profile, seed=seed, provenance=origin | {"items": items})
+plt.show()
+
+# %%
+figures.save(figures.pareto(grid), "04_pareto", grid, profile=profile, seed=seed, provenance=origin | {"items": items})
+plt.show()
+
+# %% [markdown]
+# ## Can its confidence be believed?
+#
+# A token is written because it was probable. How often was it right? Right means: equal to the gold response at that position, for prompts whose gold response is unique.
+
+# %%
+items_seen = benchmark.items("validation", limit=items, seed=seed)
+confidences, right = [], []
+for item in items_seen[:min(items, 64)]:
+    trace = decode(backbones.chat_prompt(tokenizer, benchmark.prompt(item)) if chat else benchmark.prompt(item), *named["Q"])
+    gold = tokenizer(benchmark.response(item), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    start = int(trace.prompt_length[0])
+    span = slice(start, min(start + len(gold), trace.ids.shape[2]))
+    written = ~np.isnan(trace.confidence[-1, 0, span])
+    confidences += trace.confidence[-1, 0, span][written].tolist()
+    right += (trace.ids[-1, 0, span] == np.array(gold[:span.stop - start]))[written].tolist()
+calibration = figures.calibration(confidences, right)
+figures.save(figures.confidence(calibration), "04_confidence", calibration, profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# ## Drag the thresholds
+#
+# Every pair of thresholds has its trace stored: a slider only shows another drawing, no model runs. *Decode again* runs the model at the thresholds shown.
+
+# %%
+traces = {(prompt, tau_mask, tau_edit): decode(text, tau_mask, tau_edit)
+          for prompt, text in zip(prompts, texts) for tau_mask, tau_edit in itertools.product(tau_masks, tau_edits)}
+widgets.explorer(traces, grid, tokens=pieces, decode_again=lambda prompt, tau_mask, tau_edit: decode(texts[prompts.index(prompt)], tau_mask, tau_edit))
+
+# %%
+output = paths.output_dir(profile, NOTEBOOK, seed)
+grid.to_csv(output / "grid.csv", index=False)
+artefacts.write_metrics({"presets": {name: {"tau_mask": float(row.tau_mask), "tau_edit": float(row.tau_edit), "validation_accuracy": float(row.accuracy),
+                                            "tpf": float(row.tpf)} for name, row in presets.items()},
+                         "max_post_steps": max_post_steps, "items": items}, profile, NOTEBOOK, seed, model=model)
+for name, row in presets.items():
+    print(f"{name}: tau_mask {row.tau_mask}, tau_edit {row.tau_edit}: accuracy {row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}] at {row.tpf:.2f} tokens per forward")
+
+# %% [markdown]
+# ## What we learned
+#
+# The surface shows what each threshold buys: a low tau_mask writes more tokens a forward and gets more of them wrong; a low tau_edit repairs some of that and pays for it in forwards that confirm. Where the front of the Pareto figure lies is the answer for this model and this task, not a law.
+#
+# Next: [05 · Benchmarks](05_benchmarks.ipynb).

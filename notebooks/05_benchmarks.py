@@ -1,0 +1,151 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: notebooks///ipynb,notebooks///py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 · Benchmarks
+#
+# **Question.** On prompts that nothing was tuned on: what does the editable block-diffusion model get right, at what cost, beside its autoregressive twin? And does training to edit pay at equal tokens per forward?
+#
+# **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`.
+#
+# **Time.** Smoke: about 10 seconds. Profile nano: about 2 minutes on two cores.
+#
+# **Outputs.** `benchmarks.csv` (this seed), `editing.csv`, `items.csv`, and two figures over all seeds that have been run.
+
+# %% tags=["parameters"]
+profile = "smoke"
+seed = 0
+task_names = ["arithmetic"]
+items = 16
+batch_size = 64
+max_new_tokens = 32
+plain_arm = "no T2T"
+sweep_masks = [0.5, 0.9]
+sweep_edits = [0.5, 1.0]
+sweep_items = 16
+judge = ""
+chat = False
+
+# %%
+import itertools
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+
+from hildalib import artefacts, backbones, comparison, evaluate, figures, paths, tasks
+from hildalib.decoding import EditSettings
+
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+NOTEBOOK = "05_benchmarks"
+output = paths.output_dir(profile, NOTEBOOK, seed)
+chosen = artefacts.read_metrics(profile, "04_decode", seed)
+folders = {name: artefacts.model_folder(profile, "03_sft", name, seed) for name in filter(None, ("dLLM", "AR twin", plain_arm))}
+models = {name: backbones.load(folder, dtype="float32")[0] for name, folder in folders.items()}
+tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
+
+# %% [markdown]
+# ## The table
+#
+# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
+
+# %%
+def settings(tau_mask: float, tau_edit: float) -> EditSettings:
+    return EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_post_steps=chosen["max_post_steps"], max_new_tokens=max_new_tokens)
+
+
+contestants = {f"dLLM {mode}": ("dLLM", evaluate.diffusion(settings(preset["tau_mask"], preset["tau_edit"]))) for mode, preset in sorted(chosen["presets"].items())}
+contestants["AR twin"] = ("AR twin", evaluate.autoregressive(max_new_tokens))
+frames = []
+for task_name, (label, (name, decoder)) in itertools.product(task_names, contestants.items()):
+    frame = evaluate.run(models[name], tokenizer, tasks.load(task_name), decoder, limit=items, seed=0, batch_size=batch_size, chat=chat)
+    frames.append(frame.assign(task=task_name, arm=label))
+everything = pd.concat(frames, ignore_index=True)
+table = pd.concat([evaluate.summary(part).assign(task=task_name, arm=label) for (task_name, label), part in everything.groupby(["task", "arm"], sort=False)],
+                  ignore_index=True)
+table.insert(0, "seed", seed)
+table.to_csv(output / "benchmarks.csv", index=False)
+everything.to_csv(output / "items.csv", index=False)
+table.round(3)
+
+# %% [markdown]
+# Texts have no right answer: they are measured by their likelihood under a fixed judge (nats per token, lower is more likely), by repetition and by diversity.
+
+# %%
+open_tasks = [name for name in task_names if hasattr(tasks.load(name), "metrics")]
+if judge and open_tasks:
+    referee, referee_tokenizer = backbones.load(judge, dtype="float32")
+    rows = []
+    for (task_name, label), part in everything[everything.task.isin(open_tasks)].groupby(["task", "arm"], sort=False):
+        nats = evaluate.likelihood(referee, referee_tokenizer, part.prompt.tolist(), part.text.tolist())
+        rows.append({"task": task_name, "arm": label, "judge_nats": pd.Series(nats).mean(), **tasks.load(task_name).metrics(part.text.tolist())})
+    judged = pd.DataFrame(rows)
+    judged.to_csv(output / "judge.csv", index=False)
+    print(judged.round(3).to_string(index=False))
+
+# %% [markdown]
+# ## Does training to edit pay?
+#
+# The same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward.
+
+# %%
+arms = {"dLLM": "with T2T", plain_arm: "without T2T"} if plain_arm else {}
+sweep = []
+for name, tau_mask, tau_edit in itertools.product(arms, sweep_masks, sweep_edits):
+    frame = evaluate.run(models[name], tokenizer, tasks.load(task_names[0]), evaluate.diffusion(settings(tau_mask, tau_edit)), limit=sweep_items, seed=0,
+                         batch_size=batch_size, chat=chat)
+    sweep.append(evaluate.summary(frame).assign(seed=seed, arm=arms[name], tau_mask=tau_mask, tau_edit=tau_edit))
+    print(f"{sweep[-1].arm[0]:12} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} accuracy {sweep[-1].accuracy[0]:.3f}  TPF {sweep[-1].tpf[0]:.2f}", flush=True)
+if sweep:
+    pd.concat(sweep, ignore_index=True).to_csv(output / "editing.csv", index=False)
+
+# %% [markdown]
+# ## Over seeds
+#
+# A seed is a whole run: its own parent, conversion, SFT and presets. `python -m hildalib run --profile nano --seeds 1 2 0` makes three; whatever is there is averaged here, with t-intervals over seeds. With one seed the intervals are those over items.
+
+# %%
+tables = {k: pd.read_csv(path) for k, path in artefacts.seeds_done(profile, NOTEBOOK, "benchmarks.csv").items()}
+costs = ["accuracy", "tpf", "nfe", "tokens_per_s", "positions_fed", "cpu_seconds", "peak_memory_gb"]
+means = evaluate.across_seeds(tables, ["task", "arm"], costs)
+if len(tables) == 1:
+    means[["accuracy_low", "accuracy_high"]] = table[["low", "high"]].to_numpy()
+shown = means.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items, "interval": "95 % t over seeds" if len(tables) > 1 else "95 % Wilson over items",
+          "device": str(models["dLLM"].device)}
+figures.save(figures.benchmarks(shown), "05_benchmarks", means, profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %%
+verdict = {}
+if sweep:
+    sweeps = pd.concat([pd.read_csv(path) for path in artefacts.seeds_done(profile, NOTEBOOK, "editing.csv").values()], ignore_index=True)
+    verdict = comparison.at_equal_tpf(sweeps, reference="with T2T", other="without T2T")
+    figures.save(comparison.arms(sweeps, verdict), "05_editing", sweeps, profile=profile, seed=seed, provenance=origin | {"items": sweep_items})
+    plt.show()
+    print(f"with T2T minus without, at equal tokens per forward: {verdict['difference']:+.3f} [{verdict['low']:+.3f}, {verdict['high']:+.3f}] over seeds")
+
+# %%
+artefacts.write_metrics({"presets": chosen["presets"], "benchmarks": table.to_dict("records"), "editing": verdict}, profile, NOTEBOOK, seed, model=models["dLLM"])
+print(means[["task", "arm", "n_seeds", "accuracy", "accuracy_low", "accuracy_high", "tpf", "nfe", "tokens_per_s"]].round(3).to_string(index=False))
+
+# %% [markdown]
+# ## What we learned
+#
+# The first figure is the honest table: accuracy with its interval, and what it cost in forwards and time, for both modes and the twin. The second answers the editing question for this model: where the two curves lie at the same tokens per forward, and the printed difference with its interval says whether that is more than noise.
+#
+# A tokens-per-forward above one is not a speed-up by itself: a diffusion forward feeds a whole block. The last cost column of the first figure is the wall clock.
