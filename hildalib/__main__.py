@@ -26,9 +26,17 @@ EXAMPLES = """examples:
   hilda doctor                              what this machine supports, and which settings follow
   hilda run                                 execute the book (minutes on a laptop CPU)
   hilda status                              what is up to date, what is stale and why
-  hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/model --mode Q
+  hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode Q
 
 `hilda COMMAND --help` tells more. Environment: HILDA_OUTPUTS, HILDA_FIGURES, HILDA_CACHE, HILDA_DATA move the folders.
+"""
+
+
+GENERATE_EXAMPLE = """example:
+  hilda run --profile nano                  makes the model of the next line (minutes)
+  hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode S --tau-mask 0.7 --max-new-tokens 32
+
+MODEL must be converted: an autoregressive one, such as smollm2-135m itself, is refused with what to do.
 """
 
 
@@ -82,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--profile", help="only this one")
 
     generate = command("generate", _generate, "let an editable diffusion model continue a prompt",
-                       epilog='example:\n  hilda generate "Once upon a time" --model smollm2-135m --mode S --tau-mask 0.7\n')
-    generate.add_argument("prompt")
+                       epilog=GENERATE_EXAMPLE)
+    generate.add_argument("prompt", help="text to continue")
     generate.add_argument("--model", default="smollm2-135m", help="folder, hub id or registered name (default: %(default)s)")
     generate.add_argument("--mode", choices=("S", "Q"), default="Q", help="S: speed, Q: quality (default: Q)")
     generate.add_argument("--tau-mask", type=_threshold, metavar="T", help="confidence in [0, 1] needed to fill a mask (default: of the mode)")

@@ -67,7 +67,10 @@ def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, 
 def read_metrics(profile: str, notebook: str, seed: int = 0) -> dict:
     """metrics.json of an earlier notebook."""
     path = _need(paths.output_dir(profile, notebook, seed, create=False) / "metrics.json", profile, notebook)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HildaError(f"{path} is damaged ({error}); delete it and run {notebook} again") from error
 
 
 def seeds_done(profile: str, notebook: str, name: str) -> dict[int, Path]:

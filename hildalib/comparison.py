@@ -35,7 +35,9 @@ def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:
         first, second = (part[part.arm == name] for name in (reference, other))
         if first.empty or second.empty:
             raise HildaError(f"at_equal_tpf needs rows of both {reference!r} and {other!r} in every seed")
-        speeds = np.linspace(max(first.tpf.min(), second.tpf.min()), min(first.tpf.max(), second.tpf.max()), POINTS)
+        fastest = min(first.tpf.max(), second.tpf.max())
+        slowest = min(max(first.tpf.min(), second.tpf.min()), fastest)  # arms whose speeds do not meet: the slower one's fastest
+        speeds = np.linspace(slowest, fastest, POINTS)
         differences.append(float(np.nanmean(best_at(first, speeds) - best_at(second, speeds))))
         spans.append((speeds[0], speeds[-1]))
     mean, low, high = mean_interval(differences)

@@ -30,7 +30,7 @@ class Losses:
 
 def _mean(values: Tensor, where: Tensor, count: Tensor | None = None) -> Tensor:
     """Sum of values on `where` over their number (or `count`); 0 and not NaN when there is none."""
-    return (values * where).sum() / (where.sum() if count is None else count).clamp(min=1)
+    return values.masked_fill(~where, 0.0).sum() / (where.sum() if count is None else count).clamp(min=1)
 
 
 def target_counts(noised: Noised, weighting: str) -> dict[str, Tensor]:
@@ -50,7 +50,8 @@ def combine(token_loss: Tensor, noised: Noised, *, weighting: str = "1/t", edit_
     and are plain means. counts: `target_counts` of the whole optimiser step when the batch is one part of it.
     """
     counts = counts or target_counts(noised, weighting)
-    weight = 1.0 / noised.t if weighting == "1/t" else torch.ones_like(noised.t)
+    # a complement has t = 0 where nothing is masked: 1/t must not become infinite there, not even in the gradient
+    weight = 1.0 / noised.t.masked_fill(~noised.mask_targets, 1.0) if weighting == "1/t" else torch.ones_like(noised.t)
     m2t = _mean(token_loss * weight, noised.mask_targets, counts["m2t"])
     t2t = _mean(token_loss, noised.edit_targets, counts["t2t"])
     keep = _mean(token_loss, noised.keep_targets, counts["keep"])
@@ -99,7 +100,7 @@ def parent_kl(logits: Tensor, teacher_logp: Tensor, teacher_ids: Tensor) -> Tens
     """
     student = logits.float().log_softmax(-1).gather(1, teacher_ids)
     p = teacher_logp.exp()
-    inside = (p * (teacher_logp - student)).sum(-1)
+    inside = (p * (teacher_logp - student).masked_fill(p == 0, 0.0)).sum(-1)  # a barred [MASK] is impossible under both
     floor = torch.finfo(torch.float32).eps  # a tail below one ulp is no tail; keeps log finite at k = V
     tail_p, tail_q = (1 - p.sum(-1)).clamp(min=0), (1 - student.exp().sum(-1)).clamp(min=floor)
     return inside + torch.where(tail_p > floor, tail_p * (tail_p.clamp(min=floor).log() - tail_q.log()), torch.zeros_like(tail_p))
@@ -112,7 +113,8 @@ def correct_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     logp = logits.float().log_softmax(-1)
     right = logp.argmax(-1) == labels
-    return (-(logp.exp() * logp).sum(-1) * right).sum(), right.sum()
+    lowest = torch.finfo(logp.dtype).min  # the barred [MASK] has -inf, and 0 * -inf would be nan
+    return (-(logp.exp() * logp.clamp(min=lowest)).sum(-1) * right).sum(), right.sum()
 
 
 @torch.no_grad()

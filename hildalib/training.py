@@ -8,12 +8,14 @@ import hashlib
 import json
 import shutil
 import time
+import zipfile
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -21,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from hildalib import HildaError, backbones
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.noise import Noised, own_drafts
-from hildalib.objective import combine, correct_entropy, parent_kl, target_counts
+from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
 from hildalib.wsd import merge_checkpoints
 
@@ -58,14 +60,19 @@ class DiffusionTrainer(Trainer):
         noised = noised_of(batch)
         return own_drafts(noised, batch["fill"].flatten(0, 1), lambda noisy: noisy)
 
-    def _noisy_embeddings(self, model, layout: Layout) -> Tensor | None:
-        """Embeddings with fading Gaussian noise on [MASK] at the start (LLaDA2.0 section 7.1); None once it is over."""
+    def _noisy_embeddings(self, model, layout: Layout, first: int) -> Tensor | None:
+        """Embeddings with fading Gaussian noise on [MASK] at the start (LLaDA2.0 section 7.1); None once it is over.
+
+        first: number of the first layout row in the whole run; the noise of a row depends on nothing else.
+        """
         step, recipe = self.state.global_step, self.recipe
         if step >= recipe.mask_noise_steps:
             return None
         embeds = self.accelerator.unwrap_model(model).get_input_embeddings()(layout.ids)
-        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
-        noise = recipe.mask_noise * (1 - step / recipe.mask_noise_steps) * torch.randn(embeds.shape, generator=generator)
+        start = recipe.seed * 1_000_003 + first + 2**40  # another stream than the one that draws the masks of the row
+        generators = [torch.Generator().manual_seed((start + row) % 2**63) for row in range(len(embeds))]
+        noise = torch.stack([torch.randn(embeds.shape[1:], generator=generator) for generator in generators])
+        noise *= recipe.mask_noise * (1 - step / recipe.mask_noise_steps)
         return embeds + noise.to(embeds) * (layout.ids == self.hilda["mask_token_id"])[..., None]
 
     @torch.no_grad()
@@ -99,15 +106,19 @@ class DiffusionTrainer(Trainer):
         noised = self._draft(model, inputs, noised_of(inputs)) if recipe.draft_share else noised_of(inputs)
         layout = Layout.build(inputs["input_ids"], noised.noisy_ids.view(shape), inputs["doc_ids"], inputs["block_size"], recipe.label_shift)
         targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
-        logits = target_logits(model, layout, targets.view(shape), self._noisy_embeddings(model, layout))
+        logits = target_logits(model, layout, targets.view(shape), self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0]))
         labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
         nll = F.cross_entropy(logits, labels, reduction="none")
         token_loss, m2t = nll, noised.mask_targets[targets]
         if recipe.kl_weight:
             token_loss = nll.clone()
-            kl = parent_kl(logits[m2t], *self._teacher(inputs, noised.mask_targets.view(shape)))
-            token_loss[m2t] = (1 - recipe.kl_weight) * nll[m2t] + recipe.kl_weight * kl
+            told = predictable(inputs["maskable"].flatten(0, 1), inputs["doc_ids"].repeat_interleave(shape[1], 0), True)  # the parent is shifted
+            told &= noised.mask_targets
+            spots = told[targets]
+            kl = parent_kl(logits[spots], *self._teacher(inputs, told.view(shape)))
+            token_loss[spots] = (1 - recipe.kl_weight) * nll[spots] + recipe.kl_weight * kl
             self._sums["kl"] += kl.detach().sum().item()
+            self._sums["kl_n"] += len(kl)
         grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, token_loss)
         losses = combine(grid, noised, weighting=recipe.weighting, edit_weight=recipe.edit_weight, keep_weight=recipe.keep_weight, counts=num_items_in_batch)
         total = losses.total
@@ -141,7 +152,7 @@ class DiffusionTrainer(Trainer):
             sums, now = self._sums, time.perf_counter()
             names = ["m2t", "t2t", "keep", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
             logs |= {name: sums[name] / sums[f"{name}_n"] for name in names if sums[f"{name}_n"]}
-            logs |= {"kl": sums["kl"] / max(sums["m2t_n"], 1)} if self.recipe.kl_weight else {}
+            logs |= {"kl": sums["kl"] / max(sums["kl_n"], 1)} if self.recipe.kl_weight else {}
             logs |= {"block_size": int(sums["block_size"]), "stage": self.recipe.schedule.stage(max(self.state.global_step - 1, 0)),
                      "clean_tokens_per_s": sums["clean_tokens"] / (now - self._clock), "peak_memory_gb": peak_memory_gb()}
             self._sums, self._clock = defaultdict(float), now
@@ -189,12 +200,17 @@ def _fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
 
 
 def _resumable(folder: Path) -> str | None:
-    """The newest complete checkpoint; half-written ones (no readable trainer_state.json, written last) are removed."""
+    """The newest complete checkpoint; half-written ones (trainer_state.json is written last) and damaged ones are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(checkpoint)
-        except (OSError, ValueError):
+            for file in checkpoint.glob("*.safetensors"):
+                with safe_open(file, framework="pt"):
+                    pass
+            if all(map(zipfile.is_zipfile, (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))):  # torch.save writes zip archives
+                return str(checkpoint)
+            shutil.rmtree(checkpoint)
+        except (OSError, ValueError, SafetensorError):
             shutil.rmtree(checkpoint)
     return None
 
@@ -222,6 +238,17 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
     model.load_state_dict(merge_checkpoints(best), strict=False)
 
 
+def _load_finished(model, folder: Path) -> None:
+    """Weights and `hilda` record of a model that `train` has saved."""
+    try:
+        foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
+        if foreign:
+            raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}), e.g. a merged adapter; take it with backbones.load")
+        model.config.hilda = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise HildaError(f"{folder} is damaged ({error}); delete {folder.parent} and run again: it is trained anew") from error
+
+
 def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, validation: dict[str, Tensor] | None = None,
           title: str = "train"):
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
@@ -243,10 +270,10 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         folder.mkdir(parents=True)
     marker.write_text(fingerprint, encoding="utf-8")
     if log.exists():  # written last, after the model
-        model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=False)
+        _load_finished(model, folder / "model")
         return pd.read_csv(log)
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
-           "vocab_size": model.get_input_embeddings().num_embeddings}
+           "vocab_size": model.get_input_embeddings().weight.shape[0]}
     arguments = _arguments(recipe, folder / "checkpoints", model.device)
     trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids, arguments.world_size), data_collator=collate,
                                recipe=recipe, hilda=model.config.hilda, parent=parent)

@@ -68,8 +68,10 @@ class BlockSchedule:
 def merge_checkpoints(files: list[Path]) -> dict[str, torch.Tensor]:
     """Uniform arithmetic mean of safetensors files (LLaDA2.0 section 4.3), taken in float32, in each tensor's own dtype.
 
-    Raises HildaError when the files do not hold the same tensors.
+    Raises HildaError when there is no file, or the files do not hold the same tensors.
     """
+    if not files:
+        raise HildaError("no checkpoint to merge; save some at the working block size (`save_every`) first")
     mean: dict[str, torch.Tensor] = {}
     for file in files:
         state = load_file(file)

@@ -41,6 +41,8 @@ class EditSettings:
         for name, low in (("max_new_tokens", 1), ("minimum", 1), ("max_post_steps", 0), ("look_back", 0)):
             if getattr(self, name) < low:
                 raise HildaError(f"{name} = {getattr(self, name)} must be at least {low}")
+        if self.block_size is not None and self.block_size < 1:
+            raise HildaError(f"block_size = {self.block_size} must be at least 1, or None for the model's own")
 
 
 PRESETS = {  # LLaDA2.1-mini and -flash model cards

@@ -1,0 +1,72 @@
+"""Arms at equal tokens per forward, worked out by hand on steps of two or three settings."""
+
+import math
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from hildalib import HildaError
+from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at
+
+
+def table(**settings):
+    """arm=[(seed, tpf, accuracy), ...]"""
+    return pd.DataFrame([(name, *row) for name, rows in settings.items() for row in rows], columns=["arm", "seed", "tpf", "accuracy"])
+
+
+def test_the_best_of_all_settings_at_least_that_fast():
+    points = pd.DataFrame({"tpf": [1.0, 2.0, 4.0], "accuracy": [0.5, 0.8, 0.3]})
+    found = best_at(points, np.array([0.5, 1.0, 1.5, 2.0, 2.1, 4.0, 4.1]))
+    np.testing.assert_array_equal(found, [0.8, 0.8, 0.8, 0.8, 0.3, 0.3, np.nan])  # a faster setting that is better too also counts for a slow speed
+
+
+def test_an_arm_equals_itself_and_a_constant_lead_is_found_exactly():
+    rows = [(0, 1.0, 0.9), (0, 2.0, 0.7), (0, 3.0, 0.2)]
+    assert at_equal_tpf(table(a=rows, b=rows), reference="a", other="b")["difference"] == 0
+    ahead = at_equal_tpf(table(a=[(s, tpf, accuracy + 0.05) for s, tpf, accuracy in rows], b=rows), reference="a", other="b")
+    assert ahead["difference"] == pytest.approx(0.05) and math.isnan(ahead["low"]) and ahead["tpf"] == (1.0, 3.0) and ahead["points"] == POINTS
+
+
+def test_only_speeds_that_both_reach_are_compared():
+    """a: 0.9 up to 2, then 0.5 up to 5. b: 0.6 up to 3. From 1 to 3 inclusive in 25 points: 13 at most 2 (lead 0.3), 12 above (lead -0.1)."""
+    verdict = at_equal_tpf(table(a=[(0, 1.0, 0.8), (0, 2.0, 0.9), (0, 5.0, 0.5)], b=[(0, 0.5, 0.1), (0, 3.0, 0.6)]), reference="a", other="b")
+    assert verdict["tpf"] == (1.0, 3.0) and verdict["difference"] == pytest.approx((13 * 0.3 - 12 * 0.1) / 25)
+
+
+def test_arms_whose_speeds_do_not_meet_are_compared_at_the_fastest_speed_of_the_slower():
+    verdict = at_equal_tpf(table(a=[(0, 1.0, 0.9), (0, 2.0, 0.8)], b=[(0, 3.0, 0.7), (0, 4.0, 0.6)]), reference="a", other="b")
+    assert verdict["tpf"] == (2.0, 2.0) and verdict["difference"] == pytest.approx(0.1)
+
+
+def test_the_interval_is_over_seeds_and_swapping_the_arms_flips_the_sign():
+    seeds = table(a=[(s, 1.0, 0.5 + lead) for s, lead in enumerate((0.1, 0.2, 0.3))], b=[(s, 1.0, 0.5) for s in range(3)])
+    verdict, swapped = (at_equal_tpf(seeds, reference=one, other=two) for one, two in (("a", "b"), ("b", "a")))
+    half = 4.302653 * 0.1 / 3 ** 0.5
+    assert [verdict[k] for k in ("difference", "low", "high")] == pytest.approx([0.2, 0.2 - half, 0.2 + half], abs=1e-5)
+    assert [swapped[k] for k in ("difference", "high", "low")] == pytest.approx([-0.2, -0.2 + half, -0.2 - half], abs=1e-5)
+
+
+def test_an_absent_arm_or_column_is_an_error():
+    with pytest.raises(HildaError, match="both 'a' and 'c' in every seed"):
+        at_equal_tpf(table(a=[(0, 1.0, 0.5)], b=[(0, 1.0, 0.5)]), reference="a", other="c")
+    with pytest.raises(HildaError, match="both 'a' and 'b' in every seed"):
+        at_equal_tpf(table(a=[(0, 1.0, 0.5), (1, 1.0, 0.5)], b=[(0, 1.0, 0.5)]), reference="a", other="b")
+    with pytest.raises(HildaError, match="needs column"):
+        at_equal_tpf(table(a=[(0, 1.0, 0.5)]).drop(columns="tpf"), reference="a", other="b")
+
+
+def test_the_figure_draws_every_setting_each_seed_and_their_mean():
+    rows = table(a=[(0, 1.0, 0.9), (0, 2.0, 0.5), (1, 1.0, 0.7), (1, 2.5, 0.3)], b=[(0, 1.0, 0.4), (1, 1.5, 0.6)])
+    figure = arms(rows, at_equal_tpf(rows, reference="a", other="b"))
+    axes, = figure.axes
+    by_width = {}
+    for line in axes.lines:
+        by_width.setdefault("dots" if line.get_marker() == "o" else "mean" if line.get_linewidth() > 2 else "seed", []).append(line)
+    assert {kind: len(lines) for kind, lines in by_width.items()} == {"dots": 2, "seed": 4, "mean": 2}
+    mean = by_width["mean"][0]
+    assert mean.get_xdata()[[0, -1]].tolist() == [1.0, 2.0]  # up to the speed that all its seeds reach
+    assert mean.get_ydata()[[0, -1]].tolist() == pytest.approx([0.8, 0.4])
+    assert "a +0.100" in axes.get_title(loc="left") and {text.get_text() for text in axes.texts} == {"a", "b"}
+    matplotlib.pyplot.close(figure)

@@ -1,0 +1,53 @@
+"""Prompt-response pairs land on their own blocks, and only the response is noised."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from hildalib import HildaError
+from hildalib.pairs import pack_pairs
+
+
+def picture(row, maskable=False):
+    return " | ".join(" ".join("#" if maskable and v else "." if maskable else "-" if v < 0 else str(int(v)) for v in half) for half in (row[:8], row[8:]))
+
+
+def test_docstring_picture_is_what_pack_pairs_gives():
+    rows, left_out = pack_pairs([([5, 6, 7], [8, 9])], 12, 0, 4)
+    drawn = {"input_ids": picture(rows["input_ids"][0]), "doc_ids": picture(rows["doc_ids"][0]), "maskable": picture(rows["maskable"][0], True)}
+    assert drawn == {"input_ids": "5 6 7 8 9 0 0 0 | 0 0 0 0", "doc_ids": "0 0 0 0 0 0 0 0 | - - - -", "maskable": ". . . # # # # # | . . . ."}
+    assert all(f"{name:<9}  {value}" in pack_pairs.__doc__ for name, value in drawn.items()) and left_out == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(pairs=st.lists(st.tuples(st.lists(st.integers(5, 9), max_size=7), st.lists(st.integers(5, 9), max_size=7)), min_size=1, max_size=8),
+       size=st.sampled_from([1, 2, 4, 8]))
+def test_every_pair_that_fits_is_there_once_whole_on_a_block_border_and_ends_in_eos(pairs, size):
+    if min(len(p) + len(r) for p, r in pairs) >= 16:
+        return
+    rows, left_out = pack_pairs(pairs, 16, 0, size)
+    found = []
+    for ids, docs, maskable in zip(rows["input_ids"], rows["doc_ids"], rows["maskable"]):
+        assert not maskable[docs < 0].any() and (ids[docs < 0] == 0).all()
+        for number in docs[docs >= 0].unique():
+            where = (docs == number).nonzero().flatten()
+            prompt, response = pairs[int(number)]
+            assert where[0] % size == 0 and len(where) % size == 0 and len(where) - len(prompt) - len(response) in range(1, size + 1)
+            assert ids[where].tolist() == prompt + response + [0] * (len(where) - len(prompt) - len(response))
+            assert maskable[where].tolist() == [False] * len(prompt) + [True] * (len(where) - len(prompt))
+            found.append(int(number))
+    assert found == [n for n, (p, r) in enumerate(pairs) if len(p) + len(r) < 16] and left_out == len(pairs) - len(found)
+
+
+def test_a_length_off_the_block_grid_and_pairs_that_are_all_too_long_are_errors():
+    with pytest.raises(HildaError, match="length 10 is no multiple of block_size 4"):
+        pack_pairs([([5], [6])], 10, 0, 4)
+    with pytest.raises(HildaError, match="no prompt-response pair fits into 4 tokens"):
+        pack_pairs([([5, 6], [7, 8])], 4, 0, 4)
+    assert pack_pairs([([5, 6], [7, 8]), ([5], [6])], 4, 0, 4)[1] == 1
+
+
+def test_rows_have_the_types_that_training_takes():
+    rows, _ = pack_pairs([([5], [6])] * 3, 8, 0, 4)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in rows.items()} == {
+        "input_ids": (torch.long, (2, 8)), "doc_ids": (torch.long, (2, 8)), "maskable": (torch.bool, (2, 8))}

@@ -1,0 +1,137 @@
+"""A training run as data: what every row of a run shows, and what each arm of a comparison keeps and changes."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny import MASK, as_rows, text
+
+from hildalib import HildaError
+from hildalib.objective import predictable
+from hildalib.recipe import ARMS, NoisedRows, Recipe, arm, collate, noised_of
+from hildalib.wsd import BlockSchedule
+
+IDS = {"mask_token_id": MASK, "forbidden_ids": range(5), "vocab_size": 19}
+LADDER = BlockSchedule(warmup=[(1, 2)], stable=(16, 2), decay=[(4, 4)])
+
+
+def noisy(recipe, rows=6, world_size=1, documents=True):
+    return NoisedRows(as_rows(*text(rows, 16, documents=documents)), recipe, IDS, world_size)
+
+
+def test_every_epoch_shows_every_text_once_in_its_own_order():
+    data = noisy(Recipe(LADDER, batch_size=3))
+    assert len(data) == 24 and len(data.order) == 24
+    epochs = [data.order[start:start + 6].tolist() for start in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len({*map(tuple, epochs)}) > 1
+    assert all(torch.equal(data[n]["input_ids"], data.rows["input_ids"][data.order[n]]) for n in range(24))
+    assert noisy(Recipe(LADDER, batch_size=3, seed=1)).order.tolist() != data.order.tolist()
+
+
+def test_a_row_is_the_same_whether_its_step_is_one_batch_several_or_several_processes():
+    forms = [noisy(Recipe(LADDER, batch_size=4, ar_share=0.5, edit_rate=0.2, draft_share=0.5)),
+             noisy(Recipe(LADDER, batch_size=2, accumulate=2, ar_share=0.5, edit_rate=0.2, draft_share=0.5)),
+             noisy(Recipe(LADDER, batch_size=2, ar_share=0.5, edit_rate=0.2, draft_share=0.5), world_size=2)]
+    for n in range(len(forms[0])):
+        first, *others = (form[n] for form in forms)
+        assert all(torch.equal(torch.as_tensor(first[key]), torch.as_tensor(other[key])) for other in others for key in first)
+
+
+def test_block_size_and_targets_follow_the_step_of_the_row():
+    data = noisy(Recipe(LADDER, batch_size=2))
+    assert [data[n]["block_size"] for n in range(0, 16, 2)] == [1, 1, 16, 16, 4, 4, 4, 4]
+    first, docs = data[0], data.rows["doc_ids"][data.order[0]][None]
+    wanted = predictable(torch.ones(1, 16, dtype=torch.bool), docs, True)
+    assert torch.equal(first["mask_targets"], wanted) and (first["t"] == 1).all()  # size 1: next-token prediction of everything
+    blocks = data[8]["t"].view(4, 4)
+    assert (blocks == blocks[:, :1]).all()
+
+
+def test_ar_share_is_the_share_of_later_steps_at_size_1():
+    steps = 2000
+    data = noisy(Recipe(BlockSchedule(stable=(4, steps)), batch_size=1, ar_share=0.3))
+    at_one = [data.block_size(step) == 1 for step in range(steps)]
+    assert not at_one[0] and abs(sum(at_one) / steps - 0.3) < 4 * (0.21 / steps) ** 0.5
+
+
+def test_a_complementary_row_covers_every_maskable_token_exactly_once():
+    data = noisy(Recipe(LADDER, batch_size=2, complementary=True, edit_rate=0.3))
+    for n in range(len(data)):
+        item = data[n]
+        assert item["noisy_ids"].shape == (2, 16) and torch.equal(item["mask_targets"].sum(0), item["maskable"][0].long())
+    assert Recipe(LADDER, complementary=True).copies_used == 2
+
+
+def test_copies_have_noise_of_their_own():
+    item = noisy(Recipe(BlockSchedule(stable=(4, 1)), batch_size=1, copies=3))[0]
+    assert item["noisy_ids"].shape == (3, 16) and len({tuple(row.tolist()) for row in item["noisy_ids"]}) == 3
+
+
+def test_drafts_fill_masks_only_in_the_share_of_rows_asked_for():
+    data = noisy(Recipe(BlockSchedule(stable=(16, 1000)), batch_size=1, draft_share=0.25, low=0.9), documents=False)
+    items = [data[n] for n in range(1000)]
+    assert not any((item["fill"] & ~item["mask_targets"]).any() for item in items)
+    share = sum(bool(item["fill"].any()) for item in items) / 1000  # a drafted row fills a uniform share, hence now and then nothing
+    assert 0.25 * 0.85 - 4 * 0.014 < share < 0.25 + 4 * 0.014
+
+
+def test_prompts_and_padding_are_never_targets():
+    ids, docs = text(4, 16)
+    docs[:, 12:] = -1
+    maskable = torch.arange(16).expand(4, -1) >= 5
+    data = NoisedRows(as_rows(ids, docs, maskable), Recipe(LADDER, batch_size=2, edit_rate=0.5, label_shift=False, complementary=True), IDS)
+    for n in range(len(data)):
+        targets = data[n]["mask_targets"] | data[n]["edit_targets"]
+        assert not targets[:, :5].any() and not targets[:, 12:].any()
+
+
+def test_a_batch_keeps_copies_apart_and_its_noise_lays_them_in_one_row_each():
+    data = noisy(Recipe(BlockSchedule(stable=(4, 1)), batch_size=3, copies=2))
+    batch = collate([data[n] for n in range(3)])
+    assert batch["noisy_ids"].shape == (3, 2, 16) and batch["input_ids"].shape == (3, 16) and (batch["block_size"], batch["row"]) == (4, 0)
+    flat = noised_of(batch)
+    assert torch.equal(flat.noisy_ids[3], data[1]["noisy_ids"][1]) and flat.mask_targets.shape == (6, 16)
+
+
+def test_a_schedule_that_does_not_fit_the_rows_is_refused():
+    with pytest.raises(HildaError, match="block size 6 does not divide length 16"):
+        noisy(Recipe(BlockSchedule(stable=(6, 2))))
+
+
+# ---- arms -----------------------------------------------------------------------------------------------------------------------
+
+FULL = Recipe(LADDER, batch_size=2, accumulate=2, edit_rate=0.2, draft_share=0.5, keep_weight=0.1, kl_weight=0.4, ar_share=0.2, cap_weight=0.1,
+              mask_noise=0.1, mask_noise_steps=3, complementary=True, seed=7, stage="wsd")
+
+
+def changed(name):
+    before, after = asdict(FULL), asdict(arm(FULL, name))
+    return {key: after[key] for key in before if before[key] != after[key]}
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("dLLM", {}), ("no T2T", {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}), ("random T2T", {"draft_share": 0.0}),
+    ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}),
+    ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))})])
+def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
+    assert changed(name) == expected
+
+
+def test_every_arm_has_as_many_steps_and_rows_a_step():
+    for name in ARMS:
+        other = arm(FULL, name)
+        assert (other.schedule.total_steps, other.global_batch, other.lr, other.seed, other.optimizer) == (8, 4, FULL.lr, 7, FULL.optimizer)
+
+
+def test_the_ar_twin_sees_the_same_texts_in_the_same_order_as_next_token_prediction():
+    ours, twin = noisy(FULL), noisy(arm(FULL, "AR twin"))
+    assert len(ours) == len(twin) and all(torch.equal(ours[n]["input_ids"], twin[n]["input_ids"]) for n in range(len(ours)))
+    for n in range(len(twin)):
+        item = twin[n]
+        assert item["block_size"] == 1 and torch.equal(item["mask_targets"], item["maskable"]) and not item["edit_targets"].any() and not item["fill"].any()
+    assert arm(FULL, "AR twin").stage == "wsd twin"
+
+
+def test_an_unknown_arm_is_an_error_that_lists_them():
+    with pytest.raises(HildaError, match="arm 'dLM' is unknown; use one of dLLM, no T2T"):
+        arm(FULL, "dLM")

@@ -1,0 +1,35 @@
+"""Small random models and rows shared by the tests. Entry points: `tiny`, `text`, `as_rows`, `SPECIALS`."""
+
+import torch
+
+from hildalib import nano
+
+VOCABULARY = "0123456789+-=;"  # what the arithmetic task writes; ids 5..18 after the five specials
+FIRST, LAST = 5, 4 + len(VOCABULARY)
+EOS, MASK = 2, 3
+
+
+def tiny(seed=0, shift=True, block_size=4, sharpen=1.0, **options):
+    """A random nano model with its tokenizer; `sharpen` scales its weights so that confidences spread over (0, 1)."""
+    model, tokenizer = nano.nano(32, 2, 2, vocabulary=VOCABULARY, seed=seed, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= sharpen if parameter.ndim > 1 else 1.0
+    model.config.hilda = model.config.hilda | {"block_size": block_size, "label_shift": shift}
+    return model, tokenizer
+
+
+def text(rows=2, length=16, seed=0, documents=False):
+    """(ids, doc_ids), each (rows, length); with `documents` a border at 7, which is no block border."""
+    ids = torch.randint(FIRST, LAST + 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+    docs = (torch.arange(length) >= 7).long() if documents else torch.zeros(length, dtype=torch.long)
+    return ids, docs.expand(rows, -1).contiguous()
+
+
+def as_rows(ids, docs=None, maskable=None):
+    docs = torch.zeros_like(ids) if docs is None else docs
+    return {"input_ids": ids, "doc_ids": docs, "maskable": torch.ones_like(ids, dtype=torch.bool) if maskable is None else maskable}
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
