@@ -24,7 +24,7 @@ def best_at(table: pd.DataFrame, tpf: np.ndarray) -> np.ndarray:
 
 
 def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:
-    """{"difference", "low", "high", "points", "tpf"}: mean accuracy of `reference` minus `other` at equal tokens per forward.
+    """{"difference", "low", "high", "points", "reference", "tpf"}: mean accuracy of `reference` minus `other` at equal tokens per forward.
 
     table: columns arm, seed, tpf, accuracy, several settings an arm and seed. In each seed the two best-accuracy steps are
     compared over the speeds both reach; the interval is a 95 % t-interval over seeds (nan with one). tpf: (slowest, fastest).
@@ -41,7 +41,7 @@ def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:
         differences.append(float(np.nanmean(best_at(first, speeds) - best_at(second, speeds))))
         spans.append((speeds[0], speeds[-1]))
     mean, low, high = mean_interval(differences)
-    return {"difference": mean, "low": low, "high": high, "points": POINTS, "tpf": (float(np.min(spans)), float(np.max(spans)))}
+    return {"difference": mean, "low": low, "high": high, "points": POINTS, "reference": reference, "tpf": (float(np.min(spans)), float(np.max(spans)))}
 
 
 @styled
@@ -65,5 +65,5 @@ def arms(table: pd.DataFrame, verdict: dict | None = None) -> Figure:
     end_labels(ax, ends)
     if verdict:
         interval = "" if np.isnan(verdict["low"]) else f" [{verdict['low']:+.3f}, {verdict['high']:+.3f}]"
-        ax.set_title(f"at equal tokens per forward: {ends[0][1]} {verdict['difference']:+.3f}{interval}", fontsize=9)
+        ax.set_title(f"at equal tokens per forward: {verdict['reference']} {verdict['difference']:+.3f}{interval}", fontsize=9)
     return fig

@@ -9,22 +9,15 @@ name and default in the notebook's parameters cell and a value in each params/<p
 import ast
 import copy
 import dataclasses
-import difflib
-import math
-import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import yaml
-
 from hildalib import HildaError, paths
+from hildalib.values import Pairs, as_yaml, checked, nearest, parse, plain, read_yaml, typed
 
 SMOKE = "smoke"  # the notebooks' own defaults; the one profile without a folder of YAML files
-Pairs = list[tuple[int, int]]  # [[size, steps], ...], as in a block-size schedule
 RECORDS: dict[str, type] = {}
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def field(default, help: str, *, low: float | None = None, high: float | None = None, choices: Iterable | None = None):
@@ -133,7 +126,8 @@ class Decode(Common):
     max_new_tokens: int = field(32, "tokens of an answer", low=1)
     trace_prompts: int = field(2, "prompts whose traces the sliders show", low=1)
     chat: bool = field(False, "wrap prompts in the chat template")
-    quality_margin: float = field(0.05, "accuracy that presets may give up for speed", low=0, high=1)
+    tpf_q: float = field(2.0, "tokens a forward that preset Q must reach", low=0)
+    tpf_s: float = field(3.0, "tokens a forward that preset S must reach", low=0)
 
 
 @notebook("05_benchmarks")
@@ -152,7 +146,7 @@ class Benchmarks(Common):
 
 def defaults(notebook: str, record: type | None = None) -> dict:
     """The smoke values of a notebook: what its parameters cell holds."""
-    return _plain(dataclasses.asdict((record or _record(notebook))()))
+    return plain(dataclasses.asdict((record or _record(notebook))()))
 
 
 def load(notebook: str, profile: str = SMOKE, overrides: Mapping[str, object] | None = None, *,
@@ -167,16 +161,16 @@ def load(notebook: str, profile: str = SMOKE, overrides: Mapping[str, object] | 
     values = defaults(notebook, record)
     if profile != SMOKE:
         path = _profile_file(notebook, profile, folder)
-        found = _read(path)
+        found = read_yaml(path)
         _check_keys(found, record, str(path))
         missing = [name for name in values if name not in found]
         if missing:
-            lines = ", ".join(f"`{name}: {_yaml(values[name])}`" for name in missing)
+            lines = ", ".join(f"`{name}: {as_yaml(values[name])}`" for name in missing)
             raise HildaError(f"{path}: missing {', '.join(missing)}; add {lines} (the smoke values) or your own")
         values = check(record, found, str(path))
         if values["profile"] != profile:
             raise HildaError(f"{path}: profile is {values['profile']!r} in the folder of {profile!r}; write `profile: {profile}`")
-    given = {key: _parse(value) for key, value in (overrides or {}).items()}
+    given = {key: parse(value) for key, value in (overrides or {}).items()}
     _check_keys(given, record, "--set")
     if given.get("profile", profile) != profile:
         raise HildaError(f"--set: profile cannot be set; use --profile {given['profile']}")
@@ -187,20 +181,13 @@ def check(record: type, values: Mapping[str, object], where: str) -> dict:
     """`values` with each entry checked against its declaration; an int becomes a float where a float is declared."""
     hints = typing.get_type_hints(record)
     declared = {field.name: field for field in dataclasses.fields(record)}
-    return {name: _value(value, hints[name], declared[name], f"{where}: {name}") for name, value in values.items()}
+    return {name: checked(value, hints[name], declared[name], f"{where}: {name}") for name, value in values.items()}
 
 
 def profiles(folder: Path | None = None) -> list[str]:
     """Every profile: smoke and each folder under params/."""
     folder = folder or paths.params()
     return [SMOKE, *sorted(entry.name for entry in folder.iterdir() if entry.is_dir())] if folder.is_dir() else [SMOKE]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message: the known name that is probably meant, else all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
 
 
 def cell_parameters(nb) -> dict:
@@ -223,12 +210,12 @@ def cell_parameters(nb) -> dict:
 
 def cell_mismatch(nb, record: type) -> list[str]:
     """Differences between a notebook's parameters cell and its record, one line each; [] where they agree."""
-    cell, declared = cell_parameters(nb), _plain(dataclasses.asdict(record()))
+    cell, declared = cell_parameters(nb), plain(dataclasses.asdict(record()))
     lines = [f"{name} is in the cell but not in the record" for name in cell if name not in declared]
     lines += [f"{name} is in the record but not in the cell; write `{name} = {value!r}`"
               for name, value in declared.items() if name not in cell]
     lines += [f"{name} is {cell[name]!r} in the cell and {value!r} in the record"
-              for name, value in declared.items() if name in cell and _typed(cell[name]) != _typed(value)]
+              for name, value in declared.items() if name in cell and typed(cell[name]) != typed(value)]
     return lines
 
 
@@ -247,119 +234,8 @@ def _profile_file(notebook: str, profile: str, folder: Path) -> Path:
     return path
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would keep the last in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> dict:
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        raise HildaError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise HildaError(f"{path}: must hold lines `key: value`, found {type(found).__name__}")
-    return found
-
-
 def _check_keys(values: Mapping, record: type, where: str) -> None:
     known = {field.name: field.metadata["help"] for field in dataclasses.fields(record)}
     for name in values:
         if name not in known:
             raise HildaError(f"{where}: unknown parameter {name!r}; {nearest(str(name), known)}")
-
-
-def _parse(value):
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(value) if value else value
-    except yaml.YAMLError:
-        return value  # a bare string such as "a: b: c"; the type check speaks about it
-
-
-def _value(value, kind, declared: dataclasses.Field, where: str):
-    rules = declared.metadata
-    try:
-        checked = _coerce(value, kind)
-    except TypeError:
-        example = _yaml(declared.default_factory())
-        raise HildaError(f"{where} = {value!r}: expected {_name(kind)}, for example `{declared.name}: {example}` "
-                         f"({rules['help']})") from None
-    for leaf in _leaves(checked):
-        if leaf is None:
-            continue
-        if rules["choices"] is not None and leaf not in rules["choices"]:
-            raise HildaError(f"{where} = {leaf!r}: {nearest(str(leaf), map(str, rules['choices']))} ({rules['help']})")
-        below, above = (rules["low"] is not None and leaf < rules["low"]), (rules["high"] is not None and leaf > rules["high"])
-        if below or above:
-            raise HildaError(f"{where} = {leaf!r}: must be {_bounds(rules)} ({rules['help']})")
-    return checked
-
-
-def _coerce(value, kind):
-    """`value` as `kind`, or TypeError. Numbers never come from booleans, nor integers from floats."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            try:
-                return _coerce(value, option)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return [_coerce(item, arguments[0]) for item in value]
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise TypeError
-        return [_coerce(item, option) for item, option in zip(value, arguments)]
-    if kind is float and isinstance(value, str) and NUMBER.fullmatch(value):
-        value = float(value)  # YAML 1.1 reads 1e-3 as a string
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise TypeError
-    return value
-
-
-def _leaves(value) -> list:
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
-
-
-def _plain(value):
-    """Tuples as lists: what YAML, JSON and a parameters cell hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _typed(value):
-    return [_typed(item) for item in value] if isinstance(value, (list, tuple)) else (type(value), value)
-
-
-def _bounds(rules: Mapping) -> str:
-    low, high = rules["low"], rules["high"]
-    return f"in [{low}, {high}]" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
-
-
-def _name(kind) -> str:
-    if kind == Pairs:
-        return "a list of [size, steps] pairs of integers"
-    plain = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", types.NoneType: "null"}
-    if kind in plain:
-        return plain[kind]
-    inner = [_name(option) for option in typing.get_args(kind)]
-    return f"a list, each item {inner[0]}" if typing.get_origin(kind) is list else " or ".join(inner)
-
-
-def _yaml(value) -> str:
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=math.inf)
-    return text.removesuffix("...\n").strip()
