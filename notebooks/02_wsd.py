@@ -132,7 +132,7 @@ logs = pd.concat(logs, ignore_index=True)
 
 # %%
 table = logs[["arm", "step", "stage", "block_size", *[c for c in ("m2t", "t2t", "kl") if c in logs]]]
-origin = {"model": f"{model}, {parent.num_parameters() / 1e6:.1f} M", "data": f"01_data of profile {profile}", "seed": seed, "device": str(parent.device)}
+origin = {"model": f"{model}, {parent.num_parameters():,} parameters", "data": f"01_data of profile {profile}", "seed": seed, "device": str(parent.device)}
 figures.save(figures.losses(table, parent=parent_loss), "02_losses", table, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
