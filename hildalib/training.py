@@ -143,7 +143,6 @@ class DiffusionTrainer(Trainer):
             where = noised.mask_targets & (noised.t > low) & (noised.t <= high)
             self._sums[f"m2t_t{high:.2f}"] += (grid * where).sum().item()
             self._sums[f"m2t_t{high:.2f}_n"] += where.sum().item()
-        self._sums["block_size"] = batch["block_size"]
         self._sums["clean_tokens"] += batch["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict, *args, **kwargs) -> None:
@@ -153,7 +152,8 @@ class DiffusionTrainer(Trainer):
             names = ["m2t", "t2t", "keep", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
             logs |= {name: sums[name] / sums[f"{name}_n"] for name in names if sums[f"{name}_n"]}
             logs |= {"kl": sums["kl"] / max(sums["kl_n"], 1)} if self.recipe.kl_weight else {}
-            logs |= {"block_size": int(sums["block_size"]), "stage": self.recipe.schedule.stage(max(self.state.global_step - 1, 0)),
+            schedule, step = self.recipe.schedule, max(self.state.global_step - 1, 0)
+            logs |= {"block_size": schedule.block_size(step), "stage": schedule.stage(step),
                      "clean_tokens_per_s": sums["clean_tokens"] / (now - self._clock), "peak_memory_gb": peak_memory_gb()}
             self._sums, self._clock = defaultdict(float), now
         super().log(logs, *args, **kwargs)
@@ -197,6 +197,15 @@ def _fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
     for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     return digest.hexdigest()[:32]
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    """Makes `folder` this run's own: what another recipe, text or parent left there is removed."""
+    marker = folder / "fingerprint.txt"
+    if marker.exists() and marker.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(fingerprint, encoding="utf-8")
 
 
 def _resumable(folder: Path) -> str | None:
@@ -256,8 +265,9 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
 
     rows: {"input_ids" long, "doc_ids" long, "maskable" bool}, each (N, L). parent: the frozen AR model, needed when
-    recipe.kl_weight > 0. validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. An interrupted run with the same recipe, rows and weights continues from its last checkpoint; a
-    finished one is loaded. Raises HildaError on an impossible recipe or a loss that is not a number.
+    recipe.kl_weight > 0. validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. Under
+    `torchrun` or `accelerate launch` recipe.batch_size is per process. An interrupted run with the same recipe, rows and
+    weights continues from its last checkpoint; a finished one is loaded. Raises HildaError on an impossible recipe or a loss that is not a number.
     """
     import pandas as pd
 
@@ -265,18 +275,16 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         raise HildaError("kl_weight > 0 needs the frozen AR parent; pass parent=... or set kl_weight to 0")
     if recipe.merge_top_k and (validation is None or not recipe.save_every):
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint, marker, log = _fingerprint(model, rows, recipe), folder / "fingerprint.txt", folder / "log.csv"
-    if marker.exists() and marker.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    marker.write_text(fingerprint, encoding="utf-8")
-    if log.exists():  # written last, after the model
+    arguments, log = _arguments(recipe, folder / "checkpoints", model.device), folder / "log.csv"
+    if arguments.process_index == 0:
+        _claim(folder, _fingerprint(model, rows, recipe))
+    with arguments.main_process_first(local=False):  # a barrier: the folder is ready before anyone looks into it
+        finished = log.exists()  # written last, after the model
+    if finished:
         _load_finished(model, folder / "model")
         return pd.read_csv(log)
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
            "vocab_size": model.get_input_embeddings().weight.shape[0]}
-    arguments = _arguments(recipe, folder / "checkpoints", model.device)
     trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids, arguments.world_size), data_collator=collate,
                                recipe=recipe, hilda=model.config.hilda, parent=parent)
     trainer.remove_callback(PrinterCallback)
@@ -290,10 +298,17 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         _merge_best(model, recipe, folder / "checkpoints", validation)
     sizes = [size for size, steps in recipe.schedule.rungs() if steps]
     model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift, "stage": recipe.stage}
-    backbones.save(model, tokenizer, folder / "model")
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
-    temporary = log.with_suffix(".tmp")
-    history.to_csv(temporary, index=False)
-    temporary.replace(log)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if trainer.is_world_process_zero():
+        _publish(model, tokenizer, history, folder)
+    trainer.accelerator.wait_for_everyone()
     return history
+
+
+def _publish(model, tokenizer, history, folder: Path) -> None:
+    """The finished run: model, then log.csv, whose presence says that the run is whole; checkpoints go last."""
+    backbones.save(model, tokenizer, folder / "model")
+    temporary = folder / "log.tmp"
+    history.to_csv(temporary, index=False)
+    temporary.replace(folder / "log.csv")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
