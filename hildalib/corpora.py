@@ -1,7 +1,7 @@
 """A text or task source by name, as a `datasets.Dataset` that carries where it came from.
 
-Looked for in this order: the folder HILDA_DATA, the Hugging Face hub, what is embedded (procedural tasks, stories that a model
-wrote itself). Entry points: `load`, `rows` (streams big corpora), `provenance`, `records` (raw rows of a benchmark), `NAMES`.
+Looked for in this order: the folder HILDA_DATA, the Hugging Face hub, what is embedded (procedural tasks; in TinyStories' place
+stories that SmolLM2 writes itself). Entry points: `load`, `rows` (streams big corpora), `provenance`, `records` (raw rows of a benchmark), `NAMES`.
 Knows files and hub ids; knows neither tokenizers nor models.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,11 @@ from pathlib import Path
 from datasets import Dataset, DatasetInfo, load_dataset
 
 from hildalib import HildaError, paths
-from hildalib.stories import STORIES, written_stories
+from hildalib.stories import STORIES, whole_stories, written_stories
 from hildalib.textfiles import JSON_SUFFIXES, read_json, read_lines, sha256_of
 
 EVAL_PERCENT = 5  # of documents, where the publisher made no split: 1 in 20 keeps evaluation cheap and training data plentiful
 HUB_SECONDS = 10  # how long the hub may take to answer before it counts as out of reach
-_STORY_OPENING = re.compile(r"Once upon a time|Once there (?:was|were)|Once, there|One day, (?:an?|there|two|in)\b|There (?:was|once)|Long ago")
-_STORY_LENGTHS = range(300, 1501)  # characters: 95 % of whole TinyStories; outside lie fragments and two stories run together
 
 
 @dataclass(frozen=True)
@@ -90,29 +89,6 @@ def _hash_member(raw: dict, split: str) -> bool:
     return split_of(raw.get("text") or raw["instruction"]) == split
 
 
-def _stories(lines: Iterator[str]) -> Iterator[str]:
-    """Stories of running text whose paragraphs are parted by an empty line; what precedes the first boundary is dropped.
-
-    A recognised opening begins a story, and so does a line right below another: the training text parts stories so.
-    """
-    story, started, below_text = [], False, False
-    for line in map(str.strip, lines):
-        if line and (below_text or _STORY_OPENING.match(line)):
-            if started:
-                yield "\n\n".join(story)
-            story, started = [], True
-        if line:
-            story.append(line)
-        below_text = bool(line)
-    if started:
-        yield "\n\n".join(story)
-
-
-def _whole_stories(lines: Iterator[str]) -> Iterator[str]:
-    """Stories less fragments and merged ones, which their length betrays."""
-    return (story for story in _stories(lines) if len(story) in _STORY_LENGTHS)
-
-
 def _articles(lines: Iterator[str]) -> Iterator[str]:
     """WikiText articles: a line " = Title = " begins one."""
     article: list[str] = []
@@ -133,7 +109,7 @@ _MBPP_SPLITS = ("prompt", "test", "validation", "train")
 SOURCES = {
     "tinystories": Source(
         "CDLA-Sharing-1.0", {"train": ("tinystories/stories.jsonl*", "tinystories/train_head_1k.txt*"), "validation": ("tinystories/valid_a.txt*",)},
-        _document, ("roneneldan/TinyStories", None), {"train": "train", "validation": "validation"}, assemble=_whole_stories),
+        _document, ("roneneldan/TinyStories", None), {"train": "train", "validation": "validation"}, assemble=whole_stories),
     "dolma": Source(
         "mixed: public domain, CC-BY-4.0, CC-BY-SA-3.0, ODC-BY-1.0", _both("dolma_mini/*.jsonl*"), _document, member=_hash_member,
         note="a small collection in the Dolma document schema, not a sample of Dolma"),
@@ -233,7 +209,13 @@ def _open(name: str, split: str) -> tuple[Iterator[dict], dict]:
         raw_rows = _folder_rows(source, root, files)
         origin |= {"origin": "folder", "files": {path.relative_to(root).as_posix(): path for path in files}}
     elif source.hub:
-        revision = _revision(source.hub[0])
+        try:
+            revision = _revision(source.hub[0])
+        except HildaError as error:
+            if name != "tinystories":
+                raise
+            warnings.warn(f"{error}. Meanwhile SmolLM2 writes stories itself, once", stacklevel=2)
+            return _embedded(split)
         raw_rows = _hub_rows(name, source, split, revision)
         origin |= {"origin": "hub", "source": source.hub[0], "revision": revision}
     else:
@@ -242,6 +224,11 @@ def _open(name: str, split: str) -> tuple[Iterator[dict], dict]:
                          + (", or name a folder of Dolma documents as dolma:FOLDER" if name == "dolma" else ""))
     shared = source.member and (files or len(set(source.hub_splits.values())) < len(source.hub_splits))
     return (raw for raw in raw_rows if not shared or source.member(raw, split)), origin
+
+
+def _embedded(split: str) -> tuple[Iterator[dict], dict]:
+    found, origin = written_stories(None, STORIES, seed=0)
+    return ({**row, "_id": row["id"]} for row in found if split_of(row["text"]) == split), origin | {"split": split}
 
 
 def records(name: str, split: str = "train") -> Iterator[dict]:
@@ -314,7 +301,8 @@ def load(name: str, *, split: str = "train", limit: int | None = None, seed: int
     """The corpus `name` with columns text, source, id, and prompt, response where it has them; see `provenance`.
 
     Repeated and blank documents are left out, but for procedural training questions, which come as drawn. limit: that many
-    documents, drawn with `seed`; None gives all (procedural tasks: `tasks.DEFAULT_SIZES`; stories-smollm2: openings before they are split). writer: for "stories-smollm2" only, (openings, seed) -> continuations, asked once and then cached.
+    documents, drawn with `seed`; None gives all (procedural tasks: `tasks.DEFAULT_SIZES`; stories-smollm2: openings before they
+    are split). writer: for "stories-smollm2" only, (openings, seed) -> continuations instead of SmolLM2's; asked once, then cached.
     Raises HildaError for an unknown name or split, a source that is nowhere to be had, and damaged files (see `rows`).
     """
     if name in TASKS:

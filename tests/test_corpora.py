@@ -199,9 +199,36 @@ def test_an_interrupted_writer_goes_on_and_gives_the_same_bytes():
     assert [path.read_bytes() for path in paths.cache_dir().iterdir()] == [resumed]
 
 
-def test_stories_without_a_writer_are_an_error():
-    with pytest.raises(HildaError, match="pass writer="):
-        corpora.load("stories-smollm2")
+def test_smollm2_is_the_default_writer_and_stands_in_for_tinystories_without_network(monkeypatch):
+    import huggingface_hub
+
+    from hildalib.decoding import autoregressive
+
+    def unreachable(self, *arguments, **keywords):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(autoregressive, "story_writer", lambda: lambda openings, seed: [f" The end, {seed} and {i}." for i in range(len(openings))])
+    with pytest.warns(UserWarning, match="SmolLM2 writes stories itself"):
+        parts = {split: corpora.load("tinystories", split=split) for split in ("train", "validation")}
+    assert all(corpora.provenance(part)["source"] == "stories-smollm2" for part in parts.values())
+    assert set(parts["train"]["text"]).isdisjoint(parts["validation"]["text"]) and len(parts["validation"]) > 0
+
+
+def test_a_written_story_ends_with_a_sentence_and_does_not_touch_the_global_generator():
+    import torch
+
+    from hildalib import nano
+    from hildalib.decoding import autoregressive
+
+    assert autoregressive.whole_sentences(' He ran. "Stop!" she said. Then he') == ' He ran. "Stop!" she said.'
+    assert autoregressive.whole_sentences("no end") == "no end"
+    model, tokenizer = nano.nano(16, 1, seed=0)
+    before = torch.get_rng_state()
+    ids = tokenizer(["1+2="], return_tensors="pt", add_special_tokens=False)["input_ids"]
+    one, two = (autoregressive.ar_decode(model, ids, max_new_tokens=6, temperature=1.0, seed=seed).ids for seed in (3, 3))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
 
 
 # ---- the real files -------------------------------------------------------------------------------------------------------------

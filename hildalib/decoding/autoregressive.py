@@ -1,4 +1,10 @@
-"""Greedy or sampled AR decoding of the twin, counted like the diffusion decoders. Entry point: `ar_decode`."""
+"""Greedy or sampled AR decoding of the twin, counted like the diffusion decoders.
+
+Entry points: `ar_decode`; `story_writer`, which has a language model continue openings (the embedded corpus).
+"""
+
+import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,11 +23,40 @@ def ar_decode(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask:
     attention_mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
     check_context(model, prompt_ids.shape[1] + max_new_tokens)
     eos, record = eos_ids(model), getattr(model.config, "hilda", None)
-    torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    out = model.generate(prompt_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
-                         pad_token_id=eos[0] if eos else 0, suppress_tokens=[record["mask_token_id"]] if record else None, **sampling)
+    with torch.random.fork_rng(devices=[prompt_ids.device] if prompt_ids.is_cuda else []):  # `generate` knows only the global generator
+        torch.manual_seed(seed)
+        out = model.generate(prompt_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, eos_token_id=eos or None,
+                             pad_token_id=eos[0] if eos else 0, suppress_tokens=[record["mask_token_id"]] if record else None, **sampling)
     ids = out[:, prompt_ids.shape[1]:]
     ended = torch.isin(ids, torch.tensor(eos, dtype=torch.long, device=ids.device)) if eos else torch.zeros_like(ids, dtype=torch.bool)
     count = (ended.long().cumsum(1) - ended.long() == 0).sum(1)  # tokens up to and with the first EOS
     return Decoded(ids, count, attention_mask.sum(1) + count - 1)
+
+
+def story_writer(name: str = "smollm2-135m", max_new_tokens: int = 160, temperature: float = 0.7) -> Callable[[list[str], int], list[str]]:
+    """A writer (openings, seed) -> continuations for `corpora.load("stories-smollm2")`; the model is loaded at its first call.
+
+    A continuation ends at EOS, or after the last full sentence within max_new_tokens. Cooler than 1: a 135 M model wanders off.
+    """
+    held = []
+
+    def write(openings: list[str], seed: int) -> list[str]:
+        from hildalib import backbones
+
+        if not held:
+            held.extend(backbones.load(name))
+        model, tokenizer = held
+        encoded = tokenizer(openings, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+        decoded = ar_decode(model, encoded["input_ids"], max_new_tokens=max_new_tokens, attention_mask=encoded["attention_mask"],
+                            temperature=temperature, seed=seed)
+        texts = [tokenizer.decode(ids[:count], skip_special_tokens=True) for ids, count in zip(decoded.ids, decoded.forwards.tolist())]
+        return [text if count < max_new_tokens else whole_sentences(text) for text, count in zip(texts, decoded.forwards.tolist())]
+
+    return write
+
+
+def whole_sentences(text: str) -> str:
+    """`text` up to its last full stop, question or exclamation mark (with a closing quote); all of it if there is none."""
+    ends = list(re.finditer(r"[.!?][\"\u201d]?(?=\s|$)", text))
+    return text[:ends[-1].end()] if ends else text
