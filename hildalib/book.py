@@ -87,11 +87,15 @@ class Job:
 
 def plan(book: Book, notebooks: Sequence[str] = (), profile: str = "nano", overrides: Mapping | None = None,
          seeds: Sequence[int] | None = None) -> list[Job]:
-    """Jobs in running order, every parameter checked. An override goes to each chosen notebook that has the key, and must fit one."""
+    """Jobs in running order, every parameter checked; without names, the notebooks that the profile has a file for.
+
+    An override goes to each chosen notebook that has the key, and must fit one.
+    """
     for name in notebooks:
         if name not in book.chain:
             raise HildaError(f"unknown notebook {name!r}; {params.nearest(name, book.chain)}")
-    chosen, overrides = [name for name in book.chain if not notebooks or name in notebooks], dict(overrides or {})
+    chosen = [name for name in book.chain if name in notebooks] or params.covered(book.chain, profile, book.params)
+    overrides = dict(overrides or {})
     if seeds and "seed" in overrides:
         raise HildaError("--set seed and --seeds both name seeds; use one of the two")
     keys = {name: {entry.name for entry in dataclasses.fields(book.records[name])} for name in chosen}

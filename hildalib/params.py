@@ -99,6 +99,11 @@ class Wsd(Training, Common):
     mask_noise: float = field(0.1, "std of the noise on [MASK] embeddings at the start", low=0)
     mask_noise_steps: int = field(5, "steps until that noise has faded", low=0)
     merge_top_k: int = field(0, "best checkpoints to average at the end; 0 keeps the last weights", low=0)
+    probe_task: str = field("arithmetic", "task whose validation prompts the arms answer right after conversion; empty for none")
+    probe_items: int = field(16, "prompts a pair of thresholds", low=1)
+    probe_masks: list[float] = field([0.5], "thresholds for writing a token", low=0, high=1)
+    probe_edits: list[float] = field([0.5, 1.0], "thresholds for editing a token; 1 never edits", low=0, high=1)
+    probe_tokens: int = field(32, "tokens of an answer", low=1)
 
 
 @notebook("03_sft")
@@ -188,6 +193,13 @@ def profiles(folder: Path | None = None) -> list[str]:
     """Every profile: smoke and each folder under params/."""
     folder = folder or paths.params()
     return [SMOKE, *sorted(entry.name for entry in folder.iterdir() if entry.is_dir())] if folder.is_dir() else [SMOKE]
+
+
+def covered(notebooks: Iterable[str], profile: str, folder: Path) -> list[str]:
+    """Those of `notebooks` that the profile has a file for, in their order; all of them for smoke."""
+    if profile == SMOKE or profile not in profiles(folder):
+        return list(notebooks)  # an unknown profile is reported when its first file is read
+    return [name for name in notebooks if (folder / profile / f"{name}.yaml").is_file()]
 
 
 def cell_parameters(nb) -> dict:

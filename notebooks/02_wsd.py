@@ -62,19 +62,25 @@ optimizer = "adamw_torch_fused"
 precision = "float32"
 gradient_checkpointing = False
 merge_top_k = 0
+probe_task = "arithmetic"
+probe_items = 16
+probe_masks = [0.5]
+probe_edits = [0.5, 1.0]
+probe_tokens = 32
 save_every = 0
 arms = ["dLLM", "no T2T", "AR twin"]
 
 # %%
 import copy
-from dataclasses import replace
+import itertools
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, figures, layout, nano, paths
+from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, nano, paths, tasks
+from hildalib.decoding import EditSettings
 from hildalib.recipe import Recipe, arm
 from hildalib.training import train
 from hildalib.wsd import BlockSchedule
@@ -166,14 +172,41 @@ figures.save(figures.ablation(kept.rename(columns={"next_token_loss": "next-toke
 plt.show()
 summary
 
+# %% [markdown]
+# ## One question, one figure
+#
+# Losses of arms with different targets do not compare; answers do. Each diffusion arm answers the same validation prompts over the same thresholds, straight after conversion, and is set beside the first arm at equal tokens per forward. Other seeds of this profile that have been run are included; with at least three the interval means something.
+
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
+diffusion_arms = [name for name in arms if name != "AR twin"] if probe_task else []
+probe = []
+for name, tau_mask, tau_edit in itertools.product(diffusion_arms, probe_masks, probe_edits):
+    decoder = evaluate.diffusion(EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_new_tokens=probe_tokens))
+    frame = evaluate.run(models[name], tokenizer, tasks.load(probe_task), decoder, limit=probe_items, split="validation", batch_size=64)
+    probe.append(evaluate.summary(frame).assign(seed=seed, arm=name, tau_mask=tau_mask, tau_edit=tau_edit))
+    print(f"{name:16} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} accuracy {probe[-1].accuracy[0]:.3f}  TPF {probe[-1].tpf[0]:.2f}", flush=True)
+
+# %%
+verdicts = {}
+if probe:
+    pd.concat(probe, ignore_index=True).to_csv(output / "probe.csv", index=False)
+    probes = pd.concat([pd.read_csv(path) for path in artefacts.seeds_done(profile, NOTEBOOK, "probe.csv").values()], ignore_index=True)
+    for other in diffusion_arms[1:]:
+        pair = probes[probes.arm.isin([diffusion_arms[0], other])]
+        verdicts[other] = comparison.at_equal_tpf(pair, reference=diffusion_arms[0], other=other)
+        figures.save(comparison.arms(pair, verdicts[other]), f"02_{other.replace(' ', '_')}", pair, profile=profile, seed=seed,
+                     provenance=origin | {"items": probe_items, "seeds": pair.seed.nunique()})
+        plt.show()
+print(pd.DataFrame([{"against": other, **found} for other, found in verdicts.items()]).round(3).to_string(index=False) if verdicts else "no questions asked")
+
+# %%
 logs.drop(columns=["clean_tokens_per_s", "peak_memory_gb"]).to_csv(output / "losses.csv", index=False)
 validation.to_csv(output / "validation.csv", index=False)
 summary.to_csv(output / "summary.csv", index=False)
 artefacts.write_metrics({"parent_loss": parent_loss, "working_block_size": working, "steps": schedule.total_steps, "parameters": parent.num_parameters(),
                          "clean_tokens": schedule.total_steps * recipe.global_batch * rows["train"]["input_ids"].shape[1],
-                         "next_token_loss": dict(zip(kept.arm, kept.next_token_loss))}, profile, NOTEBOOK, seed, model=parent)
+                         "next_token_loss": dict(zip(kept.arm, kept.next_token_loss)), "questions": verdicts}, profile, NOTEBOOK, seed, model=parent)
 print(summary.round(3).to_string(index=False))
 
 # %% [markdown]

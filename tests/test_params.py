@@ -44,6 +44,12 @@ def test_file_then_set_win_in_that_order(load):
     assert all(type(rate) is float for rate in values["rates"])
 
 
+def test_a_profile_covers_the_notebooks_it_has_a_file_for(load, tmp_path):
+    load()
+    assert params.covered(["before", "toy", "after"], "nano", tmp_path) == ["toy"]
+    assert params.covered(["before", "toy"], "smoke", tmp_path) == params.covered(["before", "toy"], "nonsense", tmp_path) == ["before", "toy"]
+
+
 @pytest.mark.parametrize("line, message", [
     ("lrr: 1", "unknown parameter 'lrr'; did you mean 'lr'?"),
     ("lr: 2", "'lr' is written twice"),
