@@ -2,13 +2,20 @@
 
 True = the query (second to last axis) may attend to the key (last axis). Dense masks are (B or 1, 1, Q, KV) bool, the
 form SDPA takes; eager attention would silently add a bool mask to the scores, so models are loaded with SDPA.
-Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` (cached decoding).
+Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` (cached decoding), and
+`tiles`, which leaves out of a dense mask the parts that no query of a stretch may see (TILED, an attention of Transformers).
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+TILED = "sdpa_tiles"  # name of the attention below; a model without `tiles=` in its forward behaves as under "sdpa"
+TILE = 128  # queries of a tile: smaller ones skip more keys but call more kernels; below two tiles the dense mask is as fast
 
 
 def _documents(base: Tensor, doc_ids: Tensor | None, tiles: int) -> Tensor:
@@ -101,3 +108,36 @@ def window(positions: Tensor, slots: int, block_size: int) -> Tensor:
     """
     ends = (positions // block_size + 1) * block_size  # first slot the query may not see
     return (torch.arange(slots, device=positions.device) < ends[:, :, None])[:, None]
+
+
+@lru_cache(maxsize=64)
+def _tile_plan(length: int, block_size: int, copies: int) -> list[tuple[slice, Tensor]]:
+    base = _noisy_clean(length, block_size, copies) if copies else _block_causal(length, block_size)
+    starts = [part * length + at for part in range(copies + 1) for at in range(0, length, TILE)]
+    rows = [slice(start, start + min(TILE, length - start % length)) for start in starts]
+    return [(row, base[row].any(0).nonzero()[:, 0]) for row in rows]
+
+
+def tiles(mask: Tensor, length: int, block_size: int, copies: int) -> list[tuple[slice, Tensor, Tensor]] | None:
+    """`mask` in stretches of at most TILE queries, each with the keys that any of them may see: (rows, keys (n,), mask part).
+
+    mask: what `noisy_clean` (or, copies = 0, `block_causal`) gave for these arguments. None where tiles would not pay. With C
+    copies the dense layout costs ((C + 1) L)^2 scores, its tiles about (C + 1) L^2 / 2. To be passed as `tiles=` to a model
+    under attention TILED; every score left out is one that the mask forbids.
+    """
+    if length < 2 * TILE:
+        return None
+    plan = [(rows, keys.to(mask.device)) for rows, keys in _tile_plan(length, block_size, copies)]
+    return [(rows, keys, mask[:, :, rows][..., keys]) for rows, keys in plan]
+
+
+def _tiled_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, tiles=None, **options):
+    """SDPA tile by tile; query, key, value (B, heads, rows, D). Without tiles plain SDPA."""
+    if tiles is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    parts = [sdpa_attention_forward(module, query[:, :, rows], key[:, :, keys], value[:, :, keys], part, **options)[0] for rows, keys, part in tiles]
+    return torch.cat(parts, 1), None
+
+
+AttentionInterface.register(TILED, _tiled_attention)
+AttentionMaskInterface.register(TILED, sdpa_mask)

@@ -40,6 +40,7 @@ class Layout:
     mask: Tensor
     positions: Tensor
     source: Tensor = field(repr=False)  # (C, L)
+    tiles: list | None = field(default=None, repr=False)  # of `attention.tiles`
 
     @classmethod
     def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool) -> "Layout":
@@ -49,15 +50,16 @@ class Layout:
         if block_size == 1 and label_shift:
             ids, mask = x0, attention.block_causal(length, 1, docs)
             source = source_rows(length, length, True, clean=False)[:1].expand(copies, -1)
-            parts = 1
+            parts, tiles = 1, attention.tiles(mask, length, 1, 0)
         elif block_size == length:
             ids, mask = noisy.flatten(0, 1), attention.full(docs.repeat_interleave(copies, 0))
-            source, parts = source_rows(length, length, label_shift, clean=False), 1
+            source, parts, tiles = source_rows(length, length, label_shift, clean=False), 1, None
         else:
             ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies)
             source, parts = source_rows(length, block_size, label_shift, copies=copies), copies + 1
+            tiles = attention.tiles(mask, length, block_size, copies)
         positions = torch.arange(length, device=device).repeat(parts).expand(len(ids), -1)
-        return cls(ids, mask.to(device), positions, source.to(device))
+        return cls(ids, mask.to(device), positions, source.to(device), tiles)
 
     def rows(self, targets: Tensor) -> Tensor:
         """(n,) flat hidden rows that predict the True positions of targets (B, C, L), in row-major order."""
@@ -74,7 +76,7 @@ def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor 
     """(n, V) float logits of the True positions of targets (B, C, L), row-major, with [MASK] barred from the output."""
     source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
     with selected_rows(model, layout.rows(targets)):
-        logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False).logits[0].float()
+        logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False, tiles=layout.tiles).logits[0].float()
     plain = getattr(model, "module", model)
     logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
     return logits

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from hildalib import HildaError
-from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at
+from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at, difference_curve
 
 
 def table(**settings):
@@ -57,10 +57,21 @@ def test_an_absent_arm_or_column_is_an_error():
         at_equal_tpf(table(a=[(0, 1.0, 0.5)]).drop(columns="tpf"), reference="a", other="b")
 
 
+def test_the_difference_at_each_speed_has_its_interval_over_seeds():
+    a = [(s, tpf, accuracy + lead) for s, lead in enumerate((0.1, 0.2, 0.3)) for tpf, accuracy in ((1.0, 0.5), (2.0, 0.4))]
+    b = [(s, tpf, accuracy) for s in range(3) for tpf, accuracy in ((1.0, 0.5), (2.5, 0.1))]
+    curve = difference_curve(table(a=a, b=b), reference="a", other="b")
+    half = 4.302653 * 0.1 / 3 ** 0.5
+    assert curve.tpf.iloc[[0, -1]].tolist() == [1.0, 2.0]
+    assert curve.iloc[0][1:].tolist() == pytest.approx([0.2, 0.2 - half, 0.2 + half], abs=1e-5)  # both at their best setting
+    assert curve.iloc[-1][1:].tolist() == pytest.approx([0.5, 0.5 - half, 0.5 + half], abs=1e-5)  # 0.4 + lead against 0.1
+    np.testing.assert_array_equal(curve.difference.round(6).unique(), [0.2, 0.5])
+
+
 def test_the_figure_draws_every_setting_each_seed_and_their_mean():
     rows = table(a=[(0, 1.0, 0.9), (0, 2.0, 0.5), (1, 1.0, 0.7), (1, 2.5, 0.3)], b=[(0, 1.0, 0.4), (1, 1.5, 0.6)])
     figure = arms(rows, at_equal_tpf(rows, reference="a", other="b"))
-    axes, = figure.axes
+    axes, lower = figure.axes
     by_width = {}
     for line in axes.lines:
         by_width.setdefault("dots" if line.get_marker() == "o" else "mean" if line.get_linewidth() > 2 else "seed", []).append(line)
@@ -68,5 +79,6 @@ def test_the_figure_draws_every_setting_each_seed_and_their_mean():
     mean = by_width["mean"][0]
     assert mean.get_xdata()[[0, -1]].tolist() == [1.0, 2.0]  # up to the speed that all its seeds reach
     assert mean.get_ydata()[[0, -1]].tolist() == pytest.approx([0.8, 0.4])
+    assert len(lower.lines) == 2 and lower.get_ylabel() == "difference"
     assert "a +0.100" in axes.get_title(loc="left") and {text.get_text() for text in axes.texts} == {"a", "b"}
     matplotlib.pyplot.close(figure)
