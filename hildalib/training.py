@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hildalib import HildaError, backbones
+from hildalib.attention import TILED
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
@@ -290,10 +291,14 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines(title))
     model.train()
+    for tiled in filter(None, (model, parent)):
+        tiled.set_attn_implementation(TILED)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trainer.train(resume_from_checkpoint=_resumable(folder / "checkpoints"))
     model.eval()
+    for tiled in filter(None, (model, parent)):
+        tiled.set_attn_implementation("sdpa")
     if recipe.merge_top_k:
         _merge_best(model, recipe, folder / "checkpoints", validation)
     sizes = [size for size, steps in recipe.schedule.rungs() if steps]
