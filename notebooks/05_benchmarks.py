@@ -100,7 +100,7 @@ if judge and open_tasks:
 # %% [markdown]
 # ## Does training to edit pay?
 #
-# The same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward.
+# Where the profile has trained one (`plain_arm`), the same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward. Profile nano leaves the arm out for time; profile recipes asks the question right after conversion.
 
 # %%
 arms = {"dLLM": "with T2T", plain_arm: "without T2T"} if plain_arm else {}
