@@ -109,7 +109,7 @@ def most_accurate(floor: float) -> pd.Series:
 presets = {"Q": most_accurate(tpf_q), "S": most_accurate(tpf_s)}
 grid["preset"] = ""
 for name, row in presets.items():
-    grid.loc[row.name, "preset"] = name
+    grid.loc[row.name, "preset"] = " and ".join(filter(None, [grid.preset[row.name], name]))
 grid[["tau_mask", "tau_edit", "accuracy", "low", "high", "tpf", "nfe", "positions_fed", "preset"]].round(3)
 
 # %%
