@@ -201,6 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `hilda status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        from hildalib import paths
+
+        if not paths.disk_full(str(error)):
+            raise
+        print(f"error: {error}: {paths.MORE_SPACE}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import nbformat.reader
 import psutil
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
@@ -145,15 +146,27 @@ def execute(source: Path, target: Path, parameters: dict, kernel: Kernel, *, out
         failure = f"{type(error).__name__}: {error}"
     cpu = kernel.finish()
     wall = time.perf_counter() - started
-    nb = nbformat.read(target, as_version=4) if target.is_file() else nbformat.v4.new_notebook()
+    nb = _executed(target)
     code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
     if failure is None and not all(_completed(cell) for cell in code):
         failure = "the kernel was asked to exit before the last cell"
     seconds = [round(cell.metadata.get("papermill", {}).get("duration") or 0.0, 2) for cell in code]
-    nbformat.write(compact(nb), target)
+    try:
+        nbformat.write(compact(nb), target)
+    except OSError as error:
+        failure = failure or str(error)
     if failure is not None:
+        failure += f"; {paths.MORE_SPACE}" if paths.disk_full(failure) else ""
         raise RunFailed(f"cell {kernel.cell} of {source.name}: {failure}" if kernel.cell else f"{source.name}: {failure}")
     return Measured(round(wall, 2), round(cpu, 2), kernel.peak, seconds)
+
+
+def _executed(target: Path):
+    """The executed copy as far as it could be written; empty where it could not."""
+    try:
+        return nbformat.read(target, as_version=4)
+    except (OSError, nbformat.reader.NotJSONError):
+        return nbformat.v4.new_notebook()
 
 
 def _completed(cell) -> bool:

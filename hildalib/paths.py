@@ -70,3 +70,13 @@ def cache_dir(*, create: bool = True) -> Path:
 def data_dir() -> Path | None:
     """Folder of the user's own data (HILDA_DATA), or None."""
     return _from_environment("HILDA_DATA")
+
+
+MORE_SPACE = ("the disk is full; free some space, or set HILDA_OUTPUTS, HILDA_FIGURES or HILDA_CACHE to a folder with more, and give the same "
+              "command again: what was finished is kept")
+
+
+def disk_full(message: str) -> bool:
+    """Whether an error message says that a disk has no space left: in the words of the system, of safetensors or of torch.save."""
+    return any(words in message for words in ("No space left on device", "Disk quota exceeded", "os error 28", "not enough space on the disk",
+                                              "PytorchStreamWriter failed writing file"))

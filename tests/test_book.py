@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import shutil
+import subprocess
 import threading
 
 import nbformat
@@ -205,6 +207,39 @@ def test_a_killed_holder_frees_the_lock():
     other.join()
     with book.lock("smoke"):
         pass
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip("a small file system cannot be mounted here (needs Linux and root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_that_looks_finished(made, small_disk, monkeypatch, capfd):
+    made, write = made
+    monkeypatch.setenv("HILDA_OUTPUTS", str(small_disk))
+    write("a", "from hildalib import paths\nprint(paths.output_dir(profile, 'a').joinpath('big.bin').write_bytes(bytes(4_000_000)))")
+    assert book.run(["a"], "smoke", book=made) == 1
+    said = capfd.readouterr().err
+    assert said.count("No space left on device") == 1 and paths.MORE_SPACE in said and "Traceback" not in said
+    assert finished_looking("a") == [] and states(made)["a"] == "failed"
+
+
+def test_a_full_disk_outside_a_notebook_is_one_clear_error_too(monkeypatch, capsys):
+    from hildalib import __main__
+
+    def act(options):
+        raise OSError(28, "No space left on device", "run.pid")
+
+    monkeypatch.setattr(__main__, "_doctor", act)
+    assert __main__.main(["doctor"]) == 2
+    assert paths.MORE_SPACE in capsys.readouterr().err
 
 
 def test_stopping_a_kernel_ends_its_run(made):
