@@ -172,7 +172,7 @@ def _fetch(options) -> int:
     from hildalib import backbones, corpora
 
     for name in options.names:
-        if name in ("nano", "arithmetic", "stories-smollm2"):
+        if name in ("nano", "arithmetic", "gsm_symbolic", "sudoku", "stories-smollm2"):
             print(f"{name}: made on the spot, nothing to fetch")
         elif name in corpora.SOURCES:
             splits = list(corpora.SOURCES[name].hub_splits or corpora.SOURCES[name].folder)

@@ -109,7 +109,8 @@ def test_constraints_pin_every_direct_dependency_once():
     lines = [line for line in (paths.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\d.]+", line) for line in lines)
     pinned = [line.partition("==")[0] for line in lines]
-    direct = {REQUIREMENT.fullmatch(line)[1] for line in _project()["dependencies"] + _project()["optional-dependencies"]["test"]}
+    extras = _project()["optional-dependencies"]
+    direct = {REQUIREMENT.fullmatch(line)[1] for line in _project()["dependencies"] + extras["test"] + extras["gym"]}
     assert len(pinned) == len({*pinned}) and direct <= {*pinned}
 
 

@@ -154,12 +154,15 @@ def test_a_dataset_from_elsewhere_has_no_provenance():
         corpora.provenance(corpora.Dataset.from_dict({"text": ["a"]}))
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+@pytest.mark.parametrize("name", ["arithmetic", "countdown", "sudoku", "gsm_symbolic"])
 def test_procedural_corpora_need_no_file_and_name_version_and_seed(name):
+    if name == "gsm_symbolic":
+        pytest.importorskip("reasoning_gym", reason="reasoning-gym (the extra gym) is not installed")
     corpus = corpora.load(name, limit=20, seed=3)
     assert corpus.column_names == ["text", "source", "id", "prompt", "response"] and len(corpus) == 20
     assert all(row["text"] == row["prompt"] + row["response"] for row in corpus)
-    assert corpora.provenance(corpus)["origin"] == "procedural" and "seed 3" in corpora.provenance(corpus)["revision"]
+    found = corpora.provenance(corpus)
+    assert found["origin"] == "procedural" and "seed 3" in found["revision"] and ("reasoning-gym 0." in found["licence"]) == (name == "gsm_symbolic")
 
 
 # ---- stories that a model writes ------------------------------------------------------------------------------------------------

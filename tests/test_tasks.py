@@ -1,20 +1,28 @@
 """Tasks: splits that cannot overlap, gold answers that score 1, hostile answers that score 0 at once."""
 
+import importlib.util
 import itertools
 import json
 import os
 import random
 import re
+import sys
+from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hildalib import HildaError, tasks
-from hildalib.tasks import arithmetic, countdown, gsm8k, tinystories
+from hildalib import HildaError, nano, tasks
+from hildalib.tasks import arithmetic, countdown, gsm8k, gsm_symbolic, sudoku, tinystories
 
-PROCEDURAL = [arithmetic, countdown]
+needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym (the extra gym) is not installed")
+PROCEDURAL = [arithmetic, countdown, sudoku]
+GENERATED = [*PROCEDURAL, pytest.param(gsm_symbolic, marks=needs_gym)]
+ONE_OF_EACH = [(arithmetic, {"terms": [40, 2], "ops": ["+"]}), (countdown, {"numbers": [3, 7, 5], "target": 26}), (gsm8k, {"answer": "#### 41"}),
+               (gsm_symbolic, {"answer": "#### 41"}), (sudoku, {"puzzle": "1234;3410;2040;4320"}), (tinystories, {})]
 few = settings(max_examples=200, deadline=None)
 HOSTILE = ["", " ", ";", ",", "=", "#### ", "x" * 1_000_000, "9" * 1_000_000, "(" * 100_000, "9**9**9**9", "1+" * 300_000 + "1", ";" * 1_000_000,
            "#### " + "9" * 1_000_000, "#### " * 200_000, "1," * 500_000, "٤٢", "#### ٤٢", "４２", "__import__('os').system('true')", "\0", "\ud800",
@@ -49,14 +57,14 @@ def test_every_name_loads_a_task_with_the_whole_contract():
 
 # ---- procedural -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task", PROCEDURAL)
+@pytest.mark.parametrize("task", GENERATED)
 def test_no_question_is_in_two_splits_whatever_the_seed(task):
     keys = {split: {task.key(item) for seed in range(3) for item in task.items(split, 300, seed)} for split in tasks.SPLITS}
     assert all(len(found) > 300 for found in keys.values())
     assert all(keys[one].isdisjoint(keys[two]) for one, two in itertools.combinations(tasks.SPLITS, 2))
 
 
-@pytest.mark.parametrize("task", PROCEDURAL)
+@pytest.mark.parametrize("task", GENERATED)
 def test_same_seed_same_items_other_seed_others_and_no_repeats(task):
     items = task.items("train", 200, 5)
     assert items == task.items("train", 200, 5) != task.items("train", 200, 6)
@@ -79,8 +87,7 @@ def test_asking_for_more_questions_than_there_are_is_an_error():
         arithmetic.items("dev")
 
 
-@pytest.mark.parametrize("task, item", [(arithmetic, {"terms": [40, 2], "ops": ["+"]}), (countdown, {"numbers": [3, 7, 5], "target": 26}),
-                                        (gsm8k, {"answer": "#### 41"}), (tinystories, {})])
+@pytest.mark.parametrize("task, item", ONE_OF_EACH)
 def test_hostile_answers_score_zero(task, item):
     for text in HOSTILE:
         found = task.score(text, item)
@@ -90,8 +97,7 @@ def test_hostile_answers_score_zero(task, item):
 @few
 @given(st.text(max_size=60) | st.text("0123456789+-*/=,;# $.", max_size=60))
 def test_scores_are_numbers_in_the_unit_interval_for_any_text(text):
-    for task, item in [(arithmetic, {"terms": [40, 2], "ops": ["+"]}), (countdown, {"numbers": [3, 7, 5], "target": 26}),
-                       (gsm8k, {"answer": "#### 41"}), (tinystories, {})]:
+    for task, item in ONE_OF_EACH:
         assert 0.0 <= task.score(text, item) <= 1.0
 
 
@@ -171,6 +177,117 @@ def test_countdown_published_files_are_solved_and_never_in_procedural_training()
         items = countdown.items(split)
         assert len(items) > size and all(countdown.score(countdown.response(item), item) == 1.0 for item in items)
         assert all(max(item["numbers"]) > countdown.LARGEST or tasks.question_split(countdown.key(item)) != "train" for item in items)
+
+
+# ---- sudoku ---------------------------------------------------------------------------------------------------------------------
+
+def _groups(rows):
+    """Rows, columns and boxes of four rows of four."""
+    boxes = [[rows[r + i][c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
+    return [*map(list, rows), *map(list, zip(*rows)), *boxes]
+
+
+def _valid(text):
+    rows = text.split(";")
+    return [len(row) for row in rows] == [4] * 4 and all(sorted(group) == list("1234") for group in _groups(rows))
+
+
+def _completions(puzzle):
+    """All fillings of the holes that break no rule, hole by hole: an oracle that shares no code with the module."""
+    hole = puzzle.find("0")
+    if hole < 0:
+        return [puzzle]
+    tried = [puzzle[:hole] + digit + puzzle[hole + 1:] for digit in "1234"]
+    kept = [one for one in tried if all(max(Counter(cell for cell in group if cell != "0").values(), default=0) < 2 for group in _groups(one.split(";")))]
+    return [grid for one in kept for grid in _completions(one)]
+
+
+def test_sudoku_grids_are_all_the_valid_ones():
+    assert sorted(_completions("0000;0000;0000;0000")) == sorted(sudoku.grids()) and len(sudoku.grids()) == 288 and all(map(_valid, sudoku.grids()))
+
+
+def test_sudoku_puzzles_have_one_solution_in_the_range_of_holes_and_stay_in_the_characters():
+    holes = Counter()
+    for item in itertools.islice(sudoku.stream(2), 300):
+        assert _completions(item["puzzle"]) == [sudoku.response(item)] == list(sudoku.solutions(item["puzzle"]))
+        assert set(sudoku.prompt(item) + sudoku.response(item)) <= set("01234;=") <= set(nano.CHARACTERS)
+        holes[item["puzzle"].count("0")] += 1
+    assert set(holes) == set(sudoku.HOLES)
+
+
+def test_sudoku_of_all_fillings_of_the_holes_only_the_solution_scores_one():
+    item = next(item for item in sudoku.stream(0) if item["puzzle"].count("0") == 6)
+    fillings = (item["puzzle"].replace("0", "{}").format(*digits) for digits in itertools.product("1234", repeat=6))
+    assert [text for text in fillings if sudoku.score(text, item)] == [item["solution"]]
+    assert [grid for grid in sudoku.grids() if sudoku.score(grid, item)] == [item["solution"]]  # the others change a given
+
+
+@pytest.mark.parametrize("change, score", [
+    (lambda gold: f" {gold}\n", 1), (lambda gold: gold.replace(";", "\n"), 0), (lambda gold: gold.replace(";", ""), 0), (lambda gold: gold + ";", 0),
+    (lambda gold: gold[:-1], 0), (lambda gold: gold[:-1] + "0", 0), (lambda gold: f"{gold};{gold}", 0), (lambda gold: "-" + gold, 0),
+    (lambda gold: gold.translate(str.maketrans("1234", "１２３４")), 0), (lambda gold: gold.translate(str.maketrans("1234", "١٢٣٤")), 0),
+    (lambda gold: gold.encode(), 0), (lambda gold: [gold], 0), (lambda gold: gold + "1" * 1_000_000, 0)])
+def test_sudoku_needs_the_grid_in_its_form_and_nothing_else(change, score):
+    item = sudoku.items("test", 1)[0]
+    assert sudoku.score(change(item["solution"]), item) == score
+
+
+def test_sudoku_all_24_renamings_of_the_digits_share_a_key_and_other_puzzles_do_not():
+    one, other = (item["puzzle"] for item in sudoku.items("test", 2))
+    keys = {sudoku.key({"puzzle": one.translate(str.maketrans("1234", "".join(digits)))}) for digits in itertools.permutations("1234")}
+    assert len(keys) == 1 and sudoku.key({"puzzle": other}) not in keys
+
+
+# ---- gsm_symbolic ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, strict, flexible", [("#### 288", 1, 1), ("#### -288", 0, 0), ("#### 0-288", 0, 1), ("-288", 0, 0), ("288 - 576\n#### 288", 1, 1),
+                                                    ("#### 288\n#### -288", 0, 0), ("it is 288", 0, 1), ("#### −288", 0, 1)])
+def test_gsm_symbolic_keeps_the_minus_sign(text, strict, flexible):
+    item = {"question": "?", "answer": "144 * 2 = 288\n#### 288"}
+    assert (gsm_symbolic.score(text, item), gsm_symbolic.flexible(text, item)) == (strict, flexible)
+
+
+@needs_gym
+def test_gsm_symbolic_questions_are_plain_and_gold_answers_score_one():
+    items = gsm_symbolic.items("train", 1500, 1)
+    for item in items:
+        text, gold = gsm_symbolic.prompt(item), gsm_symbolic.response(item)
+        assert set(text + gold) <= set(nano.CHARACTERS) and "final answer" not in text and "#### -" not in gold
+        assert gsm_symbolic.score(gold, item) == gsm_symbolic.flexible(gold, item) == 1.0
+        assert gsm_symbolic.score(gold.replace("#### ", "#### -"), item) == float(gold.endswith("#### 0"))
+    names = {item["question"].split()[0] for item in items if " can peel " in item["question"]}
+    assert len(names) > 3  # one or two if a template and its first value came from the same random number
+
+
+@pytest.mark.parametrize("worked, kept", [
+    ("0.5*40 = 20", True), ("0.46*40 = 18", False), ("78 / 12 = 6 pans", False), ("78 / 13 = 6 pans", True), ("13 * $6 = $78", True),
+    ("$117.10 - $53.10 = $63", False),
+    ("$420,000 + $1,200 = $421,200", True), ("350 puppies / 1400 puppies * 100% = 25%", True), ("360 puppies / 1400 puppies * 100% = 25%", False),
+    ("2 * 1/4 = 1/2 miles", True), ("half * 44 / 2 = 11", True), ("2 * 1/4 = 1/3 miles", False), ("73 + 36 + T = 109 + T = 219", True),
+    ("2x+30=70", True), ("30 girls x 2 boys/girl = 61", False),
+    ("10 - 2 - 3 = 5", True), ("10 - 2 - 3 = 11", False), ("2 + 3 * 4 = 14", True), ("2 + 3 * 4 = 20", False), ("10÷1/2=20", False), ("3.3333333 kg", False),
+    ("1.0 * £6.0 = €6", True), ("99 - 100 = -1\n#### -1", False)])
+def test_gsm_symbolic_drops_questions_whose_worked_answer_does_not_hold(monkeypatch, worked, kept):
+    def create_dataset(name, size, seed):
+        text = f"1 + {seed} = {1 + seed}" if seed % 2 else worked
+        gold = "-1" if text.endswith("#### -1") else "7"
+        return [None, {"question": text + "? Give the result as your final answer. Do not include units.", "answer": gold,
+                       "metadata": {"answer_cot": f"{text}\n#### {gold}.0"}}]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    found = [item["question"] for split in tasks.SPLITS for item in itertools.islice(gsm_symbolic.stream(0, split), 40)]
+    assert any(not question.startswith("1 + ") for question in found) == kept and any(question.startswith("1 + ") for question in found)
+
+
+def test_gsm_symbolic_names_do_not_part_a_question_from_its_twin():
+    one, two = ({"question": f"{name} has 1,250 eggs at $2.50.", "answer": f"{name} asks for 3125.\n#### 3125"} for name in ("Ava", "Mary Ann"))
+    assert gsm_symbolic.key(one) == gsm_symbolic.key(two) == "1,250 2.50 3125 3125" != gsm_symbolic.key(one | {"answer": "#### 3126"})
+
+
+def test_gsm_symbolic_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(HildaError, match=r'needs the package reasoning-gym.* python -m pip install -c constraints\.txt -e "\.\[gym\]"'):
+        gsm_symbolic.items("test", 1)
 
 
 # ---- gsm8k ----------------------------------------------------------------------------------------------------------------------
