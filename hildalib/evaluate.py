@@ -57,7 +57,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
     if not items:
         raise HildaError(f"task {task.name}: split {split!r} is empty; check HILDA_DATA or choose another split")
     eos, frames = eos_ids(model), []
-    bar = tqdm(total=len(items), desc=f"{task.name} ({split})", unit="item", disable=None)
+    bar = tqdm(total=len(items), desc=f"{task.name} ({split})", unit="item", disable=None, delay=5, leave=False)  # short ones only clutter
     for start in range(0, len(items), batch_size):
         part = items[start:start + batch_size]
         prompts = [task.prompt(item) for item in part]
