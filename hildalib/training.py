@@ -6,6 +6,7 @@ tokens and steps. Entry points: `train` (resumes, saves, returns the log), `Diff
 
 import hashlib
 import json
+import math
 import shutil
 import time
 import zipfile
@@ -226,12 +227,14 @@ def _resumable(folder: Path) -> str | None:
 
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
+    log_every = min(recipe.log_every, recipe.schedule.total_steps)
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulate,
         max_steps=recipe.schedule.total_steps, learning_rate=recipe.lr, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.lr_floor}, warmup_steps=recipe.warmup_steps, weight_decay=recipe.weight_decay,
         optim=recipe.optimizer, adam_beta2=0.95,  # 0.999 averages over more steps than a short run has
-        logging_first_step=True, logging_steps=min(recipe.log_every, recipe.schedule.total_steps),
+        logging_first_step=True,
+        logging_steps=math.gcd(log_every, recipe.save_every) if recipe.save_every else log_every,  # a log never spans a checkpoint: a resumed log is the same
         save_strategy="steps" if recipe.save_every else "no", save_steps=recipe.save_every or 1,
         save_total_limit=None if recipe.merge_top_k else 2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
         seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda")
