@@ -117,8 +117,7 @@ SOURCES = {
         "MIT", {"train": ("gsm8k/train.jsonl*",), "test": ("gsm8k/test.jsonl*",)},
         hub=("openai/gsm8k", "main"), hub_splits={"train": "train", "test": "test"}),
     "math500": Source(
-        "MIT", {"test": ("math500/test.jsonl*",)}, lambda raw: _pair(raw["problem"] + "\n\n", raw["solution"]),
-        ("HuggingFaceH4/MATH-500", None), {"test": "test"}),
+        "MIT", {"test": ("math500/test.jsonl*",)}, hub=("HuggingFaceH4/MATH-500", None), hub_splits={"test": "test"}),
     "humaneval": Source(
         "MIT", {"test": ("humaneval/HumanEval.jsonl*",)}, lambda raw: _pair(raw["prompt"], raw["canonical_solution"]),
         ("openai/openai_humaneval", None), {"test": "test"}),
@@ -134,7 +133,7 @@ SOURCES = {
     "countdown": Source(
         "Apache-2.0", {"d1": ("countdown/cd3_test_d1.jsonl*",), "dream": ("countdown/cd3_test_dream.jsonl*",)}),
 }
-TASKS = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "sudoku")  # their rows are the prompts and responses of hildalib.tasks
+TASKS = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "math500", "sudoku")  # their rows are the prompts and responses of hildalib.tasks
 NAMES = (*SOURCES, "arithmetic", "gsm_symbolic", "sudoku", "stories-smollm2", "dolma:FOLDER")
 
 

@@ -67,8 +67,9 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
         decoded = decoder(model, ids.to(model.device), real.to(model.device))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         texts = tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
+        scores = task.scores(texts, part) if hasattr(task, "scores") else [task.score(text, item) for text, item in zip(texts, part)]
         frames.append(pd.DataFrame({
-            "prompt": prompts, "text": texts, "score": [task.score(text, item) for text, item in zip(texts, part)],
+            "prompt": prompts, "text": texts, "score": scores,
             "tokens": generated_tokens(decoded.ids, eos).tolist(), "forwards": decoded.forwards.tolist(),
             "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part)}))
         bar.update(len(part))

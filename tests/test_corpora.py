@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hildalib import HildaError, corpora, paths
+from hildalib.tasks import math500
 
 DOCUMENTS = [{"text": f"Document number {i}.", "id": f"d{i}", "source": "books"} for i in range(200)]
 
@@ -107,7 +108,7 @@ def test_the_hub_is_asked_for_the_commit_that_is_recorded(monkeypatch):
     monkeypatch.setattr(corpora, "load_dataset", table)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     corpus = corpora.load("math500", split="test")
-    assert asked["revision"] == "abc123" and corpus[0]["text"] == "1+1?\n\n2"
+    assert asked["revision"] == "abc123" and corpus[0]["text"] == math500.prompt({"problem": "1+1?"}) + " 2"
     found = corpora.provenance(corpus)
     assert (found["origin"], found["revision"], found["source"], found["rows"]) == ("hub", "abc123", "HuggingFaceH4/MATH-500", 1)
 
