@@ -80,6 +80,7 @@ def test_only_the_last_closed_box_counts():
 
 def test_hostile_texts_score_zero_and_the_next_answer_is_scored_right(items, monkeypatch):
     monkeypatch.setattr(verifier, "SECONDS", 1.0)
+    monkeypatch.setattr(verifier, "PATIENCE", 60)  # as many seconds on the clock as ever: the machine may be busy
     texts = HOSTILE + [box(answer) for answer in SLOW]
     mixed = [text for hostile in texts for text in (hostile, box("\\frac{84}{2}"))]
     assert math500.scores(mixed, [items[0]] * len(mixed)) == [0.0, 1.0] * len(texts)
@@ -87,6 +88,7 @@ def test_hostile_texts_score_zero_and_the_next_answer_is_scored_right(items, mon
 
 def test_a_worker_that_hangs_or_dies_is_replaced_by_another(monkeypatch):
     monkeypatch.setattr(verifier, "SECONDS", 1.0)
+    monkeypatch.setattr(verifier, "PATIENCE", 60)  # as many seconds on the clock as ever: the machine may be busy
     monkeypatch.setattr(verifier, "WORKERS", 1)
     verifier.close()
     found = []
