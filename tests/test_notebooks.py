@@ -31,6 +31,13 @@ def test_the_chain_is_what_lies_in_the_folder():
 
 
 @each
+def test_a_notebook_reads_only_what_the_chain_says_it_needs(path):
+    """Whichever notebooks run at the same time, what one reads is there: its chain names every notebook whose results its cells ask for."""
+    named = {name for cell in code(path) for name in re.findall(r'"(\d\d_\w+)"', cell.source)} & set(book.CHAIN)
+    assert named - {path.stem} <= set(book.Book().upstream(path.stem))
+
+
+@each
 def test_text_and_notebook_say_the_same(path):
     text = path.with_suffix(".py")
     config = load_jupytext_config(str(path))

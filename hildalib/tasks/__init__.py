@@ -2,9 +2,14 @@
 
 A task *is* its module: `load("arithmetic")` returns it. Every task has `name`, `version` (raised whenever a prompt or a score
 changes), `items(split, limit=None, seed=0)`, `prompt(item)`, `response(item)` and `score(text, item)` in [0, 1], which is 0.0
+<<<<<<< HEAD
 for anything hostile or unparsable, in bounded time, without evaluating the text. Procedural tasks also have `stream(seed)`, and
 `generator()`, which names package and version, where another package makes the questions; a task whose scores are costly also has
 `scores(texts, items)`, many at once.
+=======
+for anything hostile or unparsable, in bounded time, and evaluates the text nowhere but in the sandbox. Procedural tasks also have
+`stream(seed)`; code tasks raise HildaError in `score` where there is no sandbox.
+>>>>>>> sandbox
 Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`, `items_of`.
 """
 
@@ -18,7 +23,7 @@ from types import ModuleType
 
 from hildalib import HildaError
 
-NAMES = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "math500", "sudoku", "tinystories")
+NAMES = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "humaneval", "infilling", "math500", "mbpp", "sudoku", "tinystories")
 SPLITS = ("train", "validation", "test")
 # Of 100 hash buckets 80 train, 10 validate, 10 test: even the smallest question space here (a few thousand) leaves hundreds.
 TEST_BUCKETS, VALIDATION_BUCKETS, BUCKETS = 10, 10, 100
