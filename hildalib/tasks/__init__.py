@@ -2,14 +2,9 @@
 
 A task *is* its module: `load("arithmetic")` returns it. Every task has `name`, `version` (raised whenever a prompt or a score
 changes), `items(split, limit=None, seed=0)`, `prompt(item)`, `response(item)` and `score(text, item)` in [0, 1], which is 0.0
-<<<<<<< HEAD
-for anything hostile or unparsable, in bounded time, without evaluating the text. Procedural tasks also have `stream(seed)`, and
-`generator()`, which names package and version, where another package makes the questions; a task whose scores are costly also has
-`scores(texts, items)`, many at once.
-=======
-for anything hostile or unparsable, in bounded time, and evaluates the text nowhere but in the sandbox. Procedural tasks also have
-`stream(seed)`; code tasks raise HildaError in `score` where there is no sandbox.
->>>>>>> sandbox
+for anything hostile or unparsable, in bounded time, and evaluates the text nowhere but in the sandbox (code tasks raise HildaError
+where there is none). Procedural tasks also have `stream(seed)`, and `generator()`, which names package and version, where another
+package makes the questions; a task whose scores are costly also has `scores(texts, items)`, many at once.
 Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`, `items_of`.
 """
 
