@@ -297,4 +297,4 @@ def test_every_link_of_the_chain_points_backwards_and_has_a_record():
     names = list(book.CHAIN)
     assert set(names) == set(params.RECORDS)
     assert all(names.index(up) < names.index(name) for name in names for up in book.CHAIN[name])
-    assert book.Book().upstream("05_benchmarks") == ["01_data", "02_wsd", "03_sft"]
+    assert book.Book().upstream("05_benchmarks") == ["01_data", "02_wsd", "03_sft", "04_decode"]

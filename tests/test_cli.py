@@ -11,7 +11,7 @@ import yaml
 from hildalib import HildaError, book, paths
 from hildalib.__main__ import main, parser
 
-REQUIREMENT = re.compile(r"([\w-]+)(?:\[[\w,]+\])?\s*[<>=!~].*")
+REQUIREMENT = re.compile(r"([\w-]+)(?:\[[\w,-]+\])?\s*[<>=!~].*")
 
 
 def run(*arguments):
@@ -110,7 +110,7 @@ def test_constraints_pin_every_direct_dependency_once():
     assert all(re.fullmatch(r"[a-z0-9-]+==[\d.]+", line) for line in lines)
     pinned = [line.partition("==")[0] for line in lines]
     extras = _project()["optional-dependencies"]
-    direct = {REQUIREMENT.fullmatch(line)[1] for line in _project()["dependencies"] + extras["test"] + extras["gym"]}
+    direct = {REQUIREMENT.fullmatch(line)[1] for line in _project()["dependencies"] + extras["test"] + extras["gym"] + extras["browser"]}
     assert len(pinned) == len({*pinned}) and direct <= {*pinned}
 
 
