@@ -69,6 +69,12 @@ class Recipe:
     def copies_used(self) -> int:
         return 2 if self.complementary else self.copies
 
+    @property
+    def cost(self) -> float:
+        """Forward passes over one clean row that a row of this recipe costs; a backward pass counts as two."""
+        drafts = self.draft_share * self.draft_turns * (self.copies_used + 1)
+        return 3 * (self.copies_used + 1) + drafts + (self.kl_weight > 0)
+
 
 class NoisedRows(torch.utils.data.Dataset):
     """Row n of a training run with its noise, a pure function of (recipe, n).
@@ -132,8 +138,12 @@ def noised_of(batch: dict) -> Noised:
 def arm(recipe: Recipe, name: str) -> Recipe:
     """`recipe` with one idea changed, for a comparison at equal tokens and steps; ARMS lists the names.
 
-    "AR twin" keeps parent, text, optimiser, batch and number of steps, and trains next-token prediction.
+    "AR twin" keeps parent, text, optimiser, batch and number of steps, and trains next-token prediction. Any other name may end in
+    " at equal compute": then every rung is as much longer as a row is cheaper (`Recipe.cost`).
     """
+    if name.endswith(EQUAL_COMPUTE):
+        changed = arm(recipe, name.removesuffix(EQUAL_COMPUTE))
+        return replace(changed, schedule=changed.schedule.scaled(recipe.cost / changed.cost))
     if name == "AR twin":
         steps = recipe.schedule.total_steps
         return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
@@ -144,6 +154,7 @@ def arm(recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, **changes)
 
 
+EQUAL_COMPUTE = " at equal compute"
 NO_EDITING = {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}
 ARMS = {
     "dLLM": lambda r: {},
@@ -153,6 +164,10 @@ ARMS = {
     "parent KL": lambda r: {"kl_weight": r.kl_weight or 0.5},
     "unshifted": lambda r: {"label_shift": False},
     "no size-1 rows": lambda r: {"ar_share": 0.0},
+    "complementary": lambda r: {"complementary": True},
+    "no keep": lambda r: {"keep_weight": 0.0},
+    "no mask noise": lambda r: {"mask_noise_steps": 0},
+    "stable stage": lambda r: {"schedule": r.schedule.with_stable_stage()},
     "direct": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
     "AR twin": None,
 }

@@ -56,6 +56,19 @@ class BlockSchedule:
         rung = self._rung(step)
         return "warmup" if rung < len(self.warmup) else "stable" if rung == len(self.warmup) else "decay"
 
+    def scaled(self, factor: float) -> "BlockSchedule":
+        """The same rungs, each `factor` times as long (rounded; a rung that had steps keeps at least one)."""
+        longer = [(size, max(round(steps * factor), 1) if steps else 0) for size, steps in self.rungs()]
+        split = len(self.warmup)
+        return BlockSchedule(longer[:split], longer[split], longer[split + 1:])
+
+    def with_stable_stage(self) -> "BlockSchedule":
+        """Half of the last decay rung given to the stable stage, at the size that is set for it. HildaError without a decay rung."""
+        if not self.decay:
+            raise HildaError("block schedule: no decay rung to take a stable stage from; give `decay` at least one")
+        (size, steps), kept = self.decay[-1], self.stable[1]
+        return BlockSchedule(self.warmup, (self.stable[0], kept + steps // 2), [*self.decay[:-1], (size, steps - steps // 2)])
+
     def check(self, length: int) -> "BlockSchedule":
         """Itself, or a HildaError naming the first size that does not divide the row length L."""
         for size, steps in self.rungs():

@@ -62,7 +62,7 @@ def lab(tmp_path):
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"),
                    "JUPYTER_PLATFORM_DIRS": "1"}
-    server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+    server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                                "--IdentityProvider.token=sliders", f"--ServerApp.root_dir={tmp_path}"],
                               env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -88,10 +88,11 @@ def test_moving_tau_mask_changes_the_canvas_at_once(lab):
         page = browser.new_page(viewport={"width": 1250, "height": 950})
         page.goto(lab, timeout=120_000)
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
-        page.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]')", timeout=120_000)
+        page.wait_for_function("window.jupyterapp", timeout=120_000)
+        page.wait_for_timeout(3000)  # the kernel of a notebook that has just been opened is not announced anywhere in the page
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait_for_selector(".hilda", timeout=120_000)
-        page.wait_for_timeout(2000)
+        page.wait_for_timeout(2000)  # until the drawing has settled
         label = page.locator(".widget-hslider", has_text="tau_mask")
         handle = label.locator(".noUi-handle").first
         handle.focus()

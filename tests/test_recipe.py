@@ -1,6 +1,6 @@
 """A training run as data: what every row of a run shows, and what each arm of a comparison keeps and changes."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -112,7 +112,8 @@ def changed(name):
 @pytest.mark.parametrize("name, expected", [
     ("dLLM", {}), ("no T2T", {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}), ("random T2T", {"draft_share": 0.0}),
     ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}),
-    ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))})])
+    ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))}), ("complementary", {}), ("no keep", {"keep_weight": 0.0}),
+    ("no mask noise", {"mask_noise_steps": 0}), ("stable stage", {"schedule": asdict(LADDER.with_stable_stage())})])
 def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
     assert changed(name) == expected
 
@@ -130,6 +131,20 @@ def test_the_ar_twin_sees_the_same_texts_in_the_same_order_as_next_token_predict
         item = twin[n]
         assert item["block_size"] == 1 and torch.equal(item["mask_targets"], item["maskable"]) and not item["edit_targets"].any() and not item["fill"].any()
     assert arm(FULL, "AR twin").stage == "wsd twin"
+
+
+def test_the_cost_of_a_row_by_hand():
+    plain = Recipe(LADDER)
+    assert plain.cost == 3 * 2  # noisy and clean half, forward and backward
+    assert replace(plain, copies=3).cost == 3 * 4 and replace(plain, complementary=True).cost == 3 * 3
+    assert replace(plain, kl_weight=0.5).cost == 6 + 1 and replace(plain, draft_share=0.5, draft_turns=2).cost == 6 + 0.5 * 2 * 2
+
+
+def test_equal_compute_gives_a_cheaper_arm_more_steps():
+    recipe = replace(FULL, complementary=False, draft_share=0.0, schedule=BlockSchedule([(1, 6)], (16, 0), [(4, 60)]))  # 7 forwards a row, 6 without KL
+    longer = arm(recipe, "hard labels at equal compute")
+    assert longer.schedule.rungs() == [(1, 7), (16, 0), (4, 70)] and longer.kl_weight == 0
+    assert longer.schedule.total_steps * longer.cost == recipe.schedule.total_steps * recipe.cost
 
 
 def test_an_unknown_arm_is_an_error_that_lists_them():

@@ -77,5 +77,5 @@ def test_killed_at_random_points_the_book_ends_with_the_same_bytes(tmp_path):
     said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said
     expected, found = contents(whole), contents(cut)
-    assert len(expected) > 20 and sorted(found) == sorted(expected)
+    assert len(expected) >= 15 and sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []

@@ -25,6 +25,19 @@ def test_lists_from_a_parameter_file_are_rungs_too():
     assert BlockSchedule(warmup=[[1, 2]], stable=[4, 1]).rungs() == [(1, 2), (4, 1)]
 
 
+def test_a_scaled_schedule_has_every_rung_longer_and_drops_none():
+    schedule = BlockSchedule(warmup=[(1, 3), (4, 1)], stable=(16, 0), decay=[(8, 10)])
+    assert schedule.scaled(1.5).rungs() == [(1, 4), (4, 2), (16, 0), (8, 15)]
+    assert schedule.scaled(0.1).rungs() == [(1, 1), (4, 1), (16, 0), (8, 1)] and schedule.scaled(1.0) == schedule
+
+
+def test_a_stable_stage_is_taken_from_the_last_rung_at_equal_steps():
+    schedule = BlockSchedule(warmup=[(1, 3)], stable=(16, 0), decay=[(8, 2), (4, 9)])
+    assert schedule.with_stable_stage().rungs() == [(1, 3), (16, 4), (8, 2), (4, 5)]
+    with pytest.raises(HildaError, match="no decay rung"):
+        BlockSchedule(stable=(16, 4)).with_stable_stage()
+
+
 @pytest.mark.parametrize("options, message", [
     ({}, "no steps at all"), ({"stable": (8, 0)}, "no steps at all"), ({"warmup": [(0, 3)]}, r"rung \(0, 3\)"), ({"decay": [(4, -1)]}, r"rung \(4, -1\)")])
 def test_an_impossible_schedule_is_refused(options, message):
