@@ -51,7 +51,7 @@ def model_folder(profile: str, notebook: str, arm: str, seed: int = 0) -> Path:
     return _need(paths.checkpoint_dir(profile, notebook, seed, create=False) / arm / "model", profile, notebook)
 
 
-def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, model=None) -> Path:
+def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, model=None) -> None:
     """metrics.json of a notebook, with the device and library versions that made it; written last, atomically."""
     device = "cpu" if model is None else str(model.device)
     name = torch.cuda.get_device_name(model.device) if device.startswith("cuda") else platform.processor() or platform.machine()
@@ -61,7 +61,6 @@ def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, 
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return path
 
 
 def read_metrics(profile: str, notebook: str, seed: int = 0) -> dict:

@@ -199,6 +199,8 @@ def _joined(outputs: list) -> list:
     for output in kept:
         if output.output_type == "stream":
             output.text = _here(re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace("\r\n", "\n")).replace("\r", ""))
+        if "text/plain" in output.get("data", {}):
+            output.data["text/plain"] = _here(output.data["text/plain"])
         if output.output_type == "error":
             output.traceback = [_here(line) for line in output.traceback]
     return [output for output in kept if output.get("text") != "" and output.get("data") != {}]

@@ -55,8 +55,9 @@ def test_rows_and_metrics_come_back_and_damage_to_them_is_named():
     path = artefacts.save_rows(rows, "smoke", "01_data", "train")
     back = artefacts.load_rows("smoke", "01_data", "train", vocab_size=19)
     assert all(torch.equal(back[name], rows[name]) for name in rows)
-    record = artefacts.write_metrics({"accuracy": torch.tensor(0.5)}, "smoke", "01_data", 0)
+    artefacts.write_metrics({"accuracy": torch.tensor(0.5)}, "smoke", "01_data", 0)
     assert artefacts.read_metrics("smoke", "01_data")["accuracy"] == 0.5 and files(path.parent) == ["train.safetensors"]
+    record = paths.output_dir("smoke", "01_data") / "metrics.json"
     path.write_bytes(path.read_bytes()[:-9])
     record.write_text(record.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     for ask, file in ((lambda: artefacts.load_rows("smoke", "01_data", "train"), path), (lambda: artefacts.read_metrics("smoke", "01_data"), record)):

@@ -43,7 +43,7 @@ def data(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", CODE_TASKS)
 def test_gold_answers_pass(task, data):
     items = task.items("test")
-    assert len(items) >= 2 and code.score_many(task, [task.response(item) for item in items], items, workers=2) == [1.0] * len(items)
+    assert len(items) >= 2 and task.scores([task.response(item) for item in items], items) == [1.0] * len(items)
     assert task.score(task.response(items[0]), items[0]) == 1.0
 
 
@@ -52,7 +52,7 @@ def test_gold_answers_pass(task, data):
 @pytest.mark.parametrize("task, count", [(humaneval, 30), (mbpp, 30), (infilling, 10)])
 def test_published_gold_answers_pass(task, count):
     items = task.items("test", limit=count, seed=1)
-    scores = code.score_many(task, [task.response(item) for item in items], items, workers=2)
+    scores = task.scores([task.response(item) for item in items], items)
     assert [item["task_id"] for item, score in zip(items, scores) if score != 1.0] == []
 
 
@@ -100,7 +100,7 @@ def test_samples_are_by_seed_in_order_and_splits_are_checked(task, data):
 
 def test_scores_need_one_text_an_item(data):
     with pytest.raises(HildaError, match="1 texts for 2 items"):
-        code.score_many(humaneval, [""], humaneval.items("test"))
+        humaneval.scores([""], humaneval.items("test"))
 
 
 # ---- programs in texts -----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """The invariants of HILDA's design, one group of tests each; a test's name begins with its invariant's number."""
 
+import functools
+
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+from tiny import text as plain_text, tiny
 
 from hildalib import attention, backbones
 from hildalib.decoding import EditSettings, edit_decode
@@ -16,21 +19,7 @@ from hildalib.training import train
 from hildalib.wsd import BlockSchedule
 
 
-def tiny(seed=0, vocabulary="0123456789", shift=True, block_size=4, sharpen=1.0):
-    """A random nano model; `sharpen` scales its weights so that confidences spread over (0, 1)."""
-    model, tokenizer = backbones.nano(32, 2, 2, vocabulary=vocabulary, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= sharpen if parameter.ndim > 1 else 1.0
-    model.config.hilda = model.config.hilda | {"block_size": block_size, "label_shift": shift}
-    return model, tokenizer
-
-
-def text(rows=2, length=16, seed=0, documents=True):
-    """Digits with document borders that do not fall on block borders."""
-    ids = torch.randint(5, 15, (rows, length), generator=torch.Generator().manual_seed(seed))
-    docs = (torch.arange(length) >= 7).long() if documents else torch.zeros(length, dtype=torch.long)
-    return ids, docs.expand(rows, -1).contiguous()
+text = functools.partial(plain_text, documents=True)
 
 
 def aligned(model, x0, noisy, docs, size, shift):

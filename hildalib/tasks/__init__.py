@@ -5,7 +5,8 @@ changes), `items(split, limit=None, seed=0)`, `prompt(item)`, `response(item)` a
 for anything hostile or unparsable, in bounded time, and evaluates the text nowhere but in the sandbox (code tasks raise HildaError
 where there is none). Procedural tasks also have `stream(seed)`, and `generator()`, which names package and version, where another
 package makes the questions; a task whose scores are costly also has `scores(texts, items)`, many at once.
-Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`, `items_of`.
+Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`,
+`items_of`; for those of tasks with files `sampled`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def check_split(split: str, known: tuple[str, ...] = SPLITS) -> str:
     if split not in known:
         raise HildaError(f"unknown split {split!r}; use one of {', '.join(known)}")
     return split
+
+
+def sampled(rows: list, limit: int | None, seed: int) -> list:
+    """`limit` of `rows` drawn with `seed`, in their order; None, or more than there are, takes all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 def question_split(key: str) -> str:

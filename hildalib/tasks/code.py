@@ -1,16 +1,14 @@
 """What the code benchmarks share: finding the program in a model's text, scoring many texts, and pass@k.
 
 Texts are only cut by lines here, never parsed or executed: that is the sandbox's work.
-Entry points: `block`, `until`, `sample`, `score_many`, `pass_at_k`.
+Entry points: `block`, `until`, `scores`, `pass_at_k`.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import re
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 from hildalib import HildaError, sandbox
 
@@ -34,23 +32,18 @@ def until(stop: re.Pattern, text: str) -> str:
     return text[:found.start()] if found else text
 
 
-def sample(rows: list[dict], limit: int | None, seed: int) -> list[dict]:
-    """`limit` rows drawn with `seed`, in file order; None takes all."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+def scores(job: Callable[[str, dict], dict], label: str, texts: Sequence[str], items: Sequence[dict]) -> list[float]:
+    """1.0 for each text whose program passes every test of its item, else 0.0, several at once, in order.
 
-
-def score_many(task: ModuleType, texts: Sequence[str], items: Sequence[dict], workers: int | None = None) -> list[float]:
-    """`task.score` of each text, several at once. HildaError where code cannot be contained, or the lengths differ."""
+    job(text, item): the arguments of `sandbox.run` that judge it. HildaError where code cannot be contained, or the lengths differ.
+    """
     if len(texts) != len(items):
         raise HildaError(f"{len(texts)} texts for {len(items)} items; give one text an item")
     places = [place for place, text in enumerate(texts) if isinstance(text, str)]
-    results = sandbox.run_many([task.job(texts[place], items[place]) for place in places], workers=workers, label=task.name)
-    scores = [0.0] * len(texts)
-    for place, result in zip(places, results):
-        scores[place] = float(result.ok)
-    return scores
+    found = [0.0] * len(texts)
+    for place, result in zip(places, sandbox.run_many([job(texts[place], items[place]) for place in places], label=label)):
+        found[place] = float(result.ok)
+    return found
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -6,7 +6,6 @@ the number after ####), `flexible` (the last number of the text).
 
 from __future__ import annotations
 
-import random
 import re
 
 from hildalib import corpora, tasks
@@ -32,9 +31,7 @@ def items(split: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     rows = [{"question": row["question"], "answer": row["answer"]} for row in corpora.records(name, "test" if test else "train")]
     if not test:
         rows = [row for row in rows if (tasks.question_split(row["question"]) == "validation") == (split == "validation")]
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return tasks.sampled(rows, limit, seed)
 
 
 def prompt(item: dict) -> str:

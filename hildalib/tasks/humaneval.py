@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from hildalib import corpora, sandbox, tasks
+from hildalib import corpora, tasks
 from hildalib.tasks import code
 
 name = "humaneval"
@@ -25,7 +25,7 @@ def items(split: str = "test", limit: int | None = None, seed: int = 0) -> list[
     limit: a sample drawn with `seed`, in file order; None takes all. HildaError if neither folder nor hub has the data.
     """
     tasks.check_split(split, SPLITS)
-    return code.sample([{field: row[field] for field in _FIELDS} for row in corpora.records(name, split)], limit, seed)
+    return tasks.sampled([{field: row[field] for field in _FIELDS} for row in corpora.records(name, split)], limit, seed)
 
 
 def prompt(item: dict) -> str:
@@ -58,6 +58,11 @@ def job(text: str, item: dict) -> dict:
     return judged(program(text, item), item)
 
 
+def scores(texts: list[str], items: list[dict]) -> list[float]:
+    """`score` of each text, several at once."""
+    return code.scores(job, name, texts, items)
+
+
 def score(text: str, item: dict) -> float:
     """1.0 if the program passes every test, contained, else 0.0. HildaError where code cannot be contained."""
-    return float(isinstance(text, str) and sandbox.run(**job(text, item)).ok)
+    return scores([text], [item])[0]

@@ -1,16 +1,16 @@
 """Infilling of HumanEval (after Bavarian et al. 2022, arXiv:2207.14255): lines of the gold body are missing between prefix and suffix.
 
 Made here from the gold bodies: single-line removes one line, multi-line any run of lines, one included, that begins and ends with a line
-that is not blank; the counts are those of the paper. A diffusion decoder may put `suffix` on the canvas; what reads only leftwards
+that is not blank. A diffusion decoder may put `suffix` on the canvas; what reads only leftwards
 gets `prompt_with_suffix`. Scored by running prefix + middle + suffix.
-Entry points: `items`, `prompt`, `prefix`, `suffix`, `prompt_with_suffix`, `response`, `score`, `job` (what the sandbox runs).
+Entry points: `items`, `prompt`, `prefix`, `suffix`, `prompt_with_suffix`, `response`, `score`, `scores`, `job` (what the sandbox runs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hildalib import sandbox, tasks
+from hildalib import tasks
 from hildalib.tasks import code, humaneval
 
 name = "infilling"
@@ -26,7 +26,7 @@ def items(split: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     takes all. HildaError if neither folder nor hub has HumanEval.
     """
     kind = "multi-line" if tasks.check_split(split, SPLITS) == "test" else split
-    return code.sample([item for row in humaneval.items("test") for item in _holes(row, kind)], limit, seed)
+    return tasks.sampled([item for row in humaneval.items("test") for item in _holes(row, kind)], limit, seed)
 
 
 def _holes(row: dict, kind: str) -> Iterator[dict]:
@@ -81,6 +81,11 @@ def job(text: str, item: dict) -> dict:
     return humaneval.judged(item["prefix"] + middle(text, item) + item["suffix"], item)
 
 
+def scores(texts: list[str], items: list[dict]) -> list[float]:
+    """`score` of each text, several at once."""
+    return code.scores(job, name, texts, items)
+
+
 def score(text: str, item: dict) -> float:
     """1.0 if prefix + middle + suffix passes every test, contained, else 0.0. HildaError where code cannot be contained."""
-    return float(isinstance(text, str) and sandbox.run(**job(text, item)).ok)
+    return scores([text], [item])[0]

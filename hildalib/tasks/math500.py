@@ -8,8 +8,6 @@ Entry points: `items`, `prompt`, `response`, `boxed`, `score` (one text), `score
 
 from __future__ import annotations
 
-import random
-
 from hildalib import HildaError, corpora, tasks, verifier
 
 name = "math500"
@@ -30,9 +28,7 @@ def items(split: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     if tasks.check_split(split) != "test":
         raise HildaError(f"math500 has no split {split!r}: all its problems are the test; train and tune on gsm8k, report math500 with split='test'")
     rows = [{key: row[key] for key in ("problem", "solution", "answer", "subject", "level") if key in row} for row in corpora.records(name, "test")]
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return tasks.sampled(rows, limit, seed)
 
 
 def prompt(item: dict) -> str:

@@ -1,14 +1,14 @@
 """MBPP, mostly basic Python problems (Austin et al. 2021, arXiv:2108.07732): a sentence and three asserts, a program is asked.
 
 The names which the tests take from the program are those the gold program defines; modules they use are the judge's own.
-Entry points: `items`, `prompt`, `response`, `score`, `job` (what the sandbox runs).
+Entry points: `items`, `prompt`, `response`, `score`, `scores`, `job` (what the sandbox runs).
 """
 
 from __future__ import annotations
 
 import ast
 
-from hildalib import corpora, sandbox, tasks
+from hildalib import corpora, tasks
 from hildalib.tasks import code
 
 name = "mbpp"
@@ -25,7 +25,7 @@ def items(split: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     """
     tasks.check_split(split, SPLITS)
     rows = ({field: row[field] for field in _FIELDS} for row in corpora.records(name, split))
-    return code.sample([{**row, "code": _unix(row["code"]), "test_setup_code": _unix(row["test_setup_code"])} for row in rows], limit, seed)
+    return tasks.sampled([{**row, "code": _unix(row["code"]), "test_setup_code": _unix(row["test_setup_code"])} for row in rows], limit, seed)
 
 
 def _unix(text: str) -> str:
@@ -61,6 +61,11 @@ def job(text: str, item: dict) -> dict:
     return {"code": program(text), "setup": "\n".join(map(ast.unparse, modules)), "names": names, "tests": tests}
 
 
+def scores(texts: list[str], items: list[dict]) -> list[float]:
+    """`score` of each text, several at once."""
+    return code.scores(job, name, texts, items)
+
+
 def score(text: str, item: dict) -> float:
     """1.0 if the program passes every test, contained, else 0.0. HildaError where code cannot be contained."""
-    return float(isinstance(text, str) and sandbox.run(**job(text, item)).ok)
+    return scores([text], [item])[0]

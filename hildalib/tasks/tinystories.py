@@ -33,9 +33,7 @@ def items(split: str, limit: int | None = None, seed: int = 0) -> list[dict]:
     if not train:  # half of the published validation text each
         stories = [story for story in stories if (corpora.split_of(story, 50) == "validation") == (split == "validation")]
     found = [cut for cut in map(_cut, stories) if cut["reference"].strip()]
-    if limit is None or limit >= len(found):
-        return found
-    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
+    return tasks.sampled(found, limit, seed)
 
 
 def _cut(story: str) -> dict:
