@@ -180,9 +180,11 @@ def _begin(job: Job, inputs: dict, force: bool) -> None:
 
 
 def expected_seconds(job: Job) -> float | None:
-    """Wall seconds of the last finished run; None where there was none."""
-    record = stamps.read(job.folder / stamps.STAMP) or stamps.read(job.folder / stamps.UNFINISHED) or {}
-    return record.get("wall_seconds")
+    """Wall seconds of the last finished run, else of another seed's; None where there was none."""
+    profile = paths.outputs_root() / job.profile
+    others = [profile / job.notebook / stamps.STAMP, *sorted(profile.glob(f"seed*/{job.notebook}/{stamps.STAMP}"))]
+    records = map(stamps.read, (job.folder / stamps.STAMP, job.folder / stamps.UNFINISHED, *others))
+    return next((record["wall_seconds"] for record in records if record and record.get("wall_seconds")), None)
 
 
 def run_one(job: Job, kernel, *, output=None, threads: int | None = None, force: bool = False) -> dict:

@@ -110,16 +110,16 @@ def likelihood(judge, tokenizer, prompts: list[str], texts: list[str], batch_siz
     return scores
 
 
-def across_seeds(tables: dict[int, pd.DataFrame], keys: list[str], values: list[str]) -> pd.DataFrame:
+def across_seeds(tables: dict[int, pd.DataFrame], keys: list[str], values: list[str], shares: tuple[str, ...] = ()) -> pd.DataFrame:
     """Mean and 95 % t-interval over seeds of each value, one row per combination of `keys`; column n_seeds says how many.
 
-    The interval of "accuracy" ends at 0 and 1: with few seeds a t-interval is wider than what a share can be."""
+    shares: those of `values` that lie in [0, 1]; their intervals end there, where a t-interval of few seeds would not."""
     stacked = pd.concat([table.assign(run_seed=seed) for seed, table in tables.items()], ignore_index=True)
     rows = []
     for key, group in stacked.groupby(keys, sort=False):
         row = dict(zip(keys, key if isinstance(key, tuple) else (key,))) | {"n_seeds": group.run_seed.nunique()}
         for value in values:
             mean, *ends = mean_interval(group[value])
-            row[value], row[f"{value}_low"], row[f"{value}_high"] = mean, *(np.clip(ends, 0.0, 1.0) if value == "accuracy" else ends)
+            row[value], row[f"{value}_low"], row[f"{value}_high"] = mean, *(np.clip(ends, 0.0, 1.0) if value in shares else ends)
         rows.append(row)
     return pd.DataFrame(rows)

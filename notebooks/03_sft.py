@@ -23,7 +23,7 @@
 #
 # **Time.** Smoke: about 5 seconds. Profile nano: 14 minutes on two threads.
 #
-# **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, a figure, and text that the models wrote.
+# **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, `validation.csv`, two figures, and text that the models wrote.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -62,7 +62,7 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, evaluate, figures, paths, tasks
+from hildalib import artefacts, backbones, evaluate, figures, layout, paths, tasks
 from hildalib.decoding import settings_for
 from hildalib.recipe import Recipe, arm
 from hildalib.training import train
@@ -111,6 +111,20 @@ figures.save(figures.losses(table), "03_losses", table, profile=profile, seed=se
 plt.show()
 
 # %% [markdown]
+# ## On pairs that nobody has trained on
+#
+# The same held-out responses with the same masks for every diffusion arm. A gap between these losses and the last ones above is what was learned by heart.
+
+# %%
+held_out = artefacts.load_rows(profile, "01_data", "sft-validation", seed, vocab_size=vocabulary)
+validation = pd.DataFrame([{"arm": name, "t": t, "loss": value} for name in arms if name != "AR twin"
+                           for t, value in layout.validate(models[name], held_out, block_size=block_size,
+                                                           label_shift=arm(recipe, name).label_shift).items()])
+figures.save(figures.loss_by_t(validation), "03_loss_by_t", validation,
+             profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
 # ## What they write
 #
 # The same validation prompts, decoded by each model: the dLLMs in Q mode, the twin token by token.
@@ -133,6 +147,7 @@ for row in samples.itertuples():
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
 logs.drop(columns=["clean_tokens_per_s", "peak_memory_gb"]).to_csv(output / "losses.csv", index=False)
+validation.to_csv(output / "validation.csv", index=False)
 samples.to_csv(output / "samples.csv", index=False)
 artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
                          "tokens_per_s": logs.groupby("arm").clean_tokens_per_s.median().to_dict()},

@@ -133,7 +133,7 @@ if sweep:
 tables = {number: pd.read_csv(path)
           for number, path in artefacts.seeds_done(profile, NOTEBOOK, "benchmarks.csv").items()}
 costs = ["accuracy", "tpf", "nfe", "tokens_per_s", "positions_fed", "cpu_seconds", "peak_memory_gb"]
-means = evaluate.across_seeds(tables, ["task", "arm"], costs)
+means = evaluate.across_seeds(tables, ["task", "arm"], costs, shares=("accuracy",))
 if len(tables) == 1:
     means[["accuracy_low", "accuracy_high"]] = table[["low", "high"]].to_numpy()
 shown = means.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})

@@ -171,6 +171,8 @@ def test_seeds_have_their_own_folders_and_run_side_by_side(made):
     assert stamp["seed"] == stamp["inputs"]["parameters"]["seed"] == 2 and output("a", "stamp.json").is_file()
     assert {(row["seed"], row["notebook"]): row["state"] for row in book.status("smoke", made)} == {
         (0, "a"): "up to date", (0, "b"): "missing", (2, "a"): "up to date", (2, "b"): "missing"}
+    first, never = book.plan(made, ["a", "b"], "smoke", {"seed": 7})  # a new seed is expected to take what another took
+    assert book.expected_seconds(first) == stamps.read(output("a", "stamp.json"))["wall_seconds"] and book.expected_seconds(never) is None
 
 
 def _hold(outputs, ready, release):
