@@ -176,9 +176,12 @@ def peak_memory_gb() -> float:
 
 
 class ProgressLines(TrainerCallback):
-    """A line every few seconds: step, block size, losses, speed, ETA. Plain lines survive papermill; bars do not."""
+    """A line every few seconds: step, block size, losses, speed, ETA; step and ETA alone where logs are far apart.
+
+    Plain lines survive papermill; bars do not."""
 
     SECONDS = 10.0  # often enough to see life, rare enough to keep an executed notebook short
+    PATIENCE = 60.0  # without a log for so long, a large model on a small machine shows its steps
 
     def __init__(self, title: str):
         self.title, self.start, self.last = title, time.monotonic(), 0.0
@@ -190,11 +193,17 @@ class ProgressLines(TrainerCallback):
         now = time.monotonic()
         if "m2t" not in (logs or {}) or (now - self.last < self.SECONDS and state.global_step < state.max_steps):
             return
-        self.last, done = now, max(state.global_step - self.first, 1)
-        eta = (now - self.start) / done * (state.max_steps - state.global_step)
-        shown = "  ".join(f"{name} {logs[name]:.3f}" for name in ("m2t", "t2t", "kl") if name in logs)
-        print(f"{self.title}  step {state.global_step}/{state.max_steps}  K={logs['block_size']} {logs['stage']}  {shown}  "
-              f"{logs['clean_tokens_per_s']:,.0f} tokens/s  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
+        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in ("m2t", "t2t", "kl") if name in logs)
+        self._print(state, f"  K={logs['block_size']} {logs['stage']}  {losses}  {logs['clean_tokens_per_s']:,.0f} tokens/s")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_log and time.monotonic() - max(self.last, self.start) > self.PATIENCE and state.global_step < state.max_steps:
+            self._print(state)
+
+    def _print(self, state, facts: str = "") -> None:
+        self.last, done = time.monotonic(), max(state.global_step - self.first, 1)
+        eta = (self.last - self.start) / done * (state.max_steps - state.global_step)
+        print(f"{self.title}  step {state.global_step}/{state.max_steps}{facts}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
 
 
 def _fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ Resuming to the same bytes, accumulation and block size 1 are proved in test_inv
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -297,3 +298,13 @@ def test_training_lowers_the_loss_of_the_twin_and_of_the_dllm_alike(tmp_path):
         model, tokenizer = tiny(block_size=None)
         log = train(model, tokenizer, as_rows(ids), arm(recipe, name), tmp_path / name)
         assert log.m2t.iloc[-1] < 0.5 < 2.0 < log.m2t.iloc[0]
+
+
+def test_a_slow_run_shows_its_steps_between_logs_and_a_log_is_never_swallowed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.ProgressLines, "PATIENCE", 0.0)
+    monkeypatch.setattr(training.ProgressLines, "SECONDS", 0.0)
+    model, tokenizer = tiny()
+    train(model, tokenizer, as_rows(*text(6)), replace(SHORT, log_every=2), tmp_path, title="slow")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow")]
+    assert [line.split()[2] for line in lines] == ["1/4", "2/4", "3/4", "4/4"] and all("ETA" in line for line in lines)
+    assert ["m2t" in line for line in lines] == [True, True, False, True]  # step 1 is always logged, then every second
