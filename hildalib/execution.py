@@ -5,6 +5,7 @@ Entry points: `execute(source, target, parameters, kernel) -> Measured`, `RunFai
 `book.py` decides what is executed and what becomes of the result.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ from hildalib import HildaError, paths
 
 KERNEL = "python3"
 SAMPLE_SECONDS = 0.2  # between two looks at a kernel's memory and CPU time: short beside any training step that allocates
+UNMOVED = re.compile(r"(?m)^.*\| +0/\d+ \[00:00<\?.*\n?")  # a bar at its first frame; of a bar that was a widget no other is kept
+PROGRESS_LINES = 12  # of one training in the executed copy: enough to see its course; the losses themselves are in a figure
 START_SECONDS = 180  # a loaded machine needs more than papermill's 60 s to start a kernel
 
 
@@ -182,28 +185,49 @@ def compact(nb):
         for key in ("papermill", "execution", *(["tags"] if not cell.metadata.get("tags") else [])):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
-            cell.outputs = _joined(cell.outputs)
+            cell.outputs = _tidy(cell.outputs)
     return nb
 
 
-def _joined(outputs: list) -> list:
-    """Outputs with neighbouring pieces of a stream in one, each line as a terminal would show it at the end."""
-    kept = []
+def _tidy(outputs: list) -> list:
+    """Outputs as a reader wants them: streams whole, each line as a terminal would show it at the end, long runs of progress thinned."""
     for output in outputs:
         if "data" in output:
             output.data.pop("application/vnd.jupyter.widget-view+json", None)
-        if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
-            kept[-1].text += output.text
-        else:
-            kept.append(output)
-    for output in kept:
-        if output.output_type == "stream":
-            output.text = _here(re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace("\r\n", "\n")).replace("\r", ""))
         if "text/plain" in output.get("data", {}):
             output.data["text/plain"] = _here(output.data["text/plain"])
         if output.output_type == "error":
             output.traceback = [_here(line) for line in output.traceback]
-    return [output for output in kept if output.get("text") != "" and output.get("data") != {}]
+    outputs = _joined([output for output in outputs if not UNMOVED.search(output.get("data", {}).get("text/plain", ""))])
+    for stream in (output for output in outputs if output.output_type == "stream"):
+        text = re.sub(r"[^\n]*\r(?=[^\n])", "", stream.text.replace("\r\n", "\n")).replace("\r", "")
+        stream.text = _here(UNMOVED.sub("", text))
+    outputs = _joined([output for output in outputs if output.get("text") != "" and output.get("data") != {}])
+    for stream in (output for output in outputs if output.output_type == "stream"):
+        stream.text = _thinned(stream.text)
+    return outputs
+
+
+def _joined(outputs: list) -> list:
+    """Outputs with neighbouring pieces of a stream in one."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
+def _thinned(text: str) -> str:
+    """`text` with at most PROGRESS_LINES training lines of one title in a row, evenly spread, the first and the last among them."""
+    kept = []
+    for title, group in itertools.groupby(text.splitlines(keepends=True), lambda line: (re.match(r"(.+)  step \d+/\d+ .*  ETA ", line) or [None] * 2)[1]):
+        lines = list(group)
+        last = len(lines) - 1
+        every = range(PROGRESS_LINES) if title and last >= PROGRESS_LINES else ()
+        kept += [lines[round(n * last / (PROGRESS_LINES - 1))] for n in every] or lines
+    return "".join(kept)
 
 
 def _here(text: str) -> str:

@@ -10,7 +10,7 @@ import threading
 import nbformat
 import pytest
 
-from hildalib import HildaError, book, params, paths, stamps
+from hildalib import HildaError, book, execution, params, paths, stamps
 from hildalib.execution import Kernel, compact
 from hildalib.params import field
 
@@ -263,6 +263,20 @@ def test_the_executed_copy_is_compact():
     nb = compact(nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": 1}, "papermill": {"input_path": "x"}}))
     assert [output.get("text") or output.data for output in nb.cells[0].outputs] == ["100%\n", "a\nb\n<hilda>/x.py:1\n", {"text/plain": "w"}]
     assert nb.metadata == {} and nb.cells[0].metadata == {}
+
+
+def test_long_training_logs_are_thinned_and_bars_that_never_moved_are_gone():
+    stream, texts = nbformat.v4.new_output, ["parent  step 5/5  K=1  ETA 0:00\n"]
+    for step in range(1, 101):
+        texts += [f"dLLM  step {step}/100  K=8 decay  m2t 0.1  ETA 0:{100 - step:02d}\n"]
+        texts += ["Writing model shards:   0%|          | 0/1 [00:00<?, ?it/s]\r", "\n"] if step % 20 == 0 else []
+    outputs = [stream("stream", name="stderr" if text[0] in "W\n" else "stdout", text=text) for text in [*texts, "done\n"]]
+    outputs.insert(50, stream("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "shards:   0%|          | 0/1 [00:00<?, ?it/s]"}))
+    cell = nbformat.v4.new_code_cell("x", outputs=outputs)
+    output, = compact(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs
+    lines = output.text.splitlines()
+    assert lines[0].startswith("parent") and lines[-1] == "done" and len(lines) == 2 + execution.PROGRESS_LINES
+    assert [line.split()[2] for line in lines[1:-1]][::execution.PROGRESS_LINES - 1] == ["1/100", "100/100"]
 
 
 @pytest.fixture
