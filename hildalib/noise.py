@@ -1,7 +1,7 @@
 """Forward corruption of block diffusion: masks (M2T), wrong tokens (T2T), complements and the model's own drafts.
 
 Absorbing noise with the linear schedule alpha_t = 1 - t: a maskable token is [MASK] with probability t, one t per block.
-Entry points: `corrupt`, `complement`, `own_drafts`, `block_rates`; all return or take `Noised`, all tensors (B, L).
+Entry points: `corrupt`, `complement`, `own_drafts`, `block_rates`, `suffix_blocks`; all return or take `Noised`, all tensors (B, L).
 """
 
 from collections.abc import Callable
@@ -46,6 +46,19 @@ def block_rates(rows: int, blocks: int, *, low: float = 0.0, high: float = 1.0, 
     return rates.view(rows, blocks)
 
 
+def suffix_blocks(rows: int, blocks: int, share: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """(rows, blocks) bool, True = this block's masks are its last positions, the states that left-to-right decoding passes
+    through. Random masks rarely hide all that stands right of a token, so much of the loss falls on tokens that the right
+    gives away (the form is ours; that random masks are not the states of decoding is the point of TraceRL, arXiv 2509.06949)."""
+    return torch.rand(rows, blocks, generator=generator) < share
+
+
+def _suffix(t: Tensor, block_size: int) -> Tensor:
+    """(B, L) bool, True = among the last round(t K) positions of its block, for rates t (B, L)."""
+    place = torch.arange(t.shape[1]) % block_size
+    return 1 - (place + 0.5) / block_size < t
+
+
 def _per_position(t, shape: torch.Size, block_size: int) -> Tensor:
     """t given as a number, (B,), (B, L // K rounded up) or (B, L) -> (B, L) float."""
     batch, length = shape
@@ -65,12 +78,13 @@ def _random_tokens(x0: Tensor, allowed: Tensor, generator: torch.Generator | Non
 
 def corrupt(input_ids: Tensor, maskable: Tensor, *, block_size: int, mask_token_id: int, forbidden_ids,
             edit_rate: float = 0.0, t=None, generator: torch.Generator | None = None, low: float = 0.0, high: float = 1.0,
-            full_share: float = 0.0, vocab_size: int | None = None) -> Noised:
+            full_share: float = 0.0, suffix: Tensor | None = None, vocab_size: int | None = None) -> Noised:
     """One noisy copy of x0 (LLaDA2.1 section 3.1: the M2T and T2T streams in one sequence).
 
     input_ids (B, L) long; maskable (B, L) bool, True = may be noised (False for prompts and padding). Positions are masked
     with their block's rate t: given as a number, (B,), (B, blocks) or (B, L), else drawn by `block_rates(low, high,
-    full_share)`. Of the maskable tokens left visible a share `edit_rate` is replaced by a token drawn uniformly from
+    full_share)`. suffix (B, blocks) bool, True = the last round(t K) positions of this block are masked instead
+    (`suffix_blocks`). Of the maskable tokens left visible a share `edit_rate` is replaced by a token drawn uniformly from
     the vocabulary without `forbidden_ids`, [MASK] and x0 itself. vocab_size: ids at or above it are never drawn (default:
     the largest id in sight). CPU tensors; the noise of a `generator` state is always the same.
     """
@@ -78,7 +92,10 @@ def corrupt(input_ids: Tensor, maskable: Tensor, *, block_size: int, mask_token_
     if t is None:
         t = block_rates(shape[0], -(-shape[1] // block_size), low=low, high=high, full_share=full_share, generator=generator)
     t = _per_position(t, shape, block_size)
-    masked = maskable & (torch.rand(shape, generator=generator) < t)
+    masked = torch.rand(shape, generator=generator) < t
+    if suffix is not None:
+        masked = torch.where(_per_position(suffix, shape, block_size) > 0, _suffix(t, block_size), masked)
+    masked &= maskable
     noisy = input_ids.masked_fill(masked, mask_token_id)
     edited = torch.zeros_like(masked)
     if edit_rate > 0:
@@ -96,10 +113,14 @@ def allowed_ids(input_ids: Tensor, mask_token_id: int, forbidden_ids, vocab_size
     return keep.nonzero().squeeze(1)
 
 
-def complement(noised: Noised, input_ids: Tensor, mask_token_id: int) -> Noised:
+def complement(noised: Noised, input_ids: Tensor, mask_token_id: int, suffix: Tensor | None = None, block_size: int = 1) -> Noised:
     """The complementary row (LLaDA2.0 section 5.1): what was visible is masked, what was masked is visible and clean, at
-    rate 1 - t; over both rows every maskable token is an M2T target exactly once."""
-    masked = noised.maskable & ~noised.mask_targets
+    rate 1 - t; over both rows every maskable token is an M2T target exactly once. In the blocks of suffix (B, blocks) a
+    complement would hide the left and show the right: there the row is another suffix, again of rate 1 - t."""
+    masked = ~noised.mask_targets
+    if suffix is not None:
+        masked = torch.where(_per_position(suffix, masked.shape, block_size) > 0, _suffix(1.0 - noised.t, block_size), masked)
+    masked &= noised.maskable
     return Noised(input_ids.masked_fill(masked, mask_token_id), masked, torch.zeros_like(masked), 1.0 - noised.t, noised.maskable)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hildalib import HildaError
-from hildalib.noise import Noised, block_rates, complement, corrupt
+from hildalib.noise import Noised, block_rates, complement, corrupt, suffix_blocks
 from hildalib.objective import predictable
 from hildalib.wsd import BlockSchedule
 
@@ -20,7 +20,8 @@ from hildalib.wsd import BlockSchedule
 class Recipe:
     """Every choice of a training run; defaults are the plain LLaDA2.0 objective. Unpublished values are ours.
 
-    schedule: block sizes by step. low, high, full_share: bandwidth of t and the share of fully masked blocks.
+    schedule: block sizes by step. low, high, full_share: bandwidth of t and the share of fully masked blocks. suffix_share:
+    share of blocks whose masks are their last positions (`noise.suffix_blocks`); then the loss is no likelihood bound.
     edit_rate: share of visible tokens replaced at random (T2T). draft_share: share of rows whose masks are partly filled by
     the model's own argmax in `draft_turns` no-gradient turns. complementary: a second copy with the complement mask.
     ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
@@ -40,6 +41,7 @@ class Recipe:
     low: float = 0.0
     high: float = 1.0
     full_share: float = 0.1
+    suffix_share: float = 0.0
     complementary: bool = False
     copies: int = 1
     edit_rate: float = 0.0
@@ -60,6 +62,11 @@ class Recipe:
     save_every: int = 0  # 0: only at the end
     merge_top_k: int = 0  # mean of the k saved checkpoints of the last rung with the best validation loss; 0: the last weights
     stage: str = "wsd"
+
+    def __post_init__(self):
+        if self.suffix_share and self.weighting != "mean":
+            raise HildaError(f"suffix_share = {self.suffix_share} with weighting {self.weighting}: masks that are not drawn with probability t have no such "
+                             "weight; set weighting to mean, or suffix_share to 0")
 
     @property
     def global_batch(self) -> int:
@@ -109,10 +116,12 @@ class NoisedRows(torch.utils.data.Dataset):
         copies = []
         for _ in range(1 if recipe.complementary else recipe.copies):
             # size 1 is the AR objective: everything is a target of the clean half
-            t = 1.0 if size == 1 and recipe.label_shift else self._rates(n, size, generator)
-            copies.append(corrupt(x0, maskable, block_size=size, edit_rate=recipe.edit_rate, t=t, generator=generator, **self.ids))
+            causal = size == 1 and recipe.label_shift
+            t = 1.0 if causal else self._rates(n, size, generator)
+            suffix = suffix_blocks(*t.shape, recipe.suffix_share, generator=generator) if recipe.suffix_share and not causal else None
+            copies.append(corrupt(x0, maskable, block_size=size, edit_rate=recipe.edit_rate, t=t, suffix=suffix, generator=generator, **self.ids))
         if recipe.complementary:
-            copies.append(complement(copies[0], x0, self.ids["mask_token_id"]))
+            copies.append(complement(copies[0], x0, self.ids["mask_token_id"], suffix, size))
         drafted = torch.rand(1, generator=generator) < recipe.draft_share
         fill = [c.mask_targets & drafted & (torch.rand(x0.shape, generator=generator) < torch.rand(1, generator=generator)) for c in copies]
         item = {name: torch.cat([getattr(c, name) for c in copies]) for name in ("noisy_ids", "mask_targets", "edit_targets", "t", "maskable")}
@@ -165,6 +174,7 @@ ARMS = {
     "unshifted": lambda r: {"label_shift": False},
     "no size-1 rows": lambda r: {"ar_share": 0.0},
     "complementary": lambda r: {"complementary": True},
+    "random masks only": lambda r: {"suffix_share": 0.0},
     "no keep": lambda r: {"keep_weight": 0.0},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "stable stage": lambda r: {"schedule": r.schedule.with_stable_stage()},

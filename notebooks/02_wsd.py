@@ -45,6 +45,7 @@ weighting = "mean"
 low = 0.0
 high = 1.0
 full_share = 0.1
+suffix_share = 0.0
 complementary = False
 copies = 1
 edit_rate = 0.1
@@ -134,7 +135,8 @@ print(f"{schedule.total_steps} steps, working block size {working}; "
 # Every arm starts from the same parent and sees the same text in the same order for the same number of optimiser steps. The AR twin simply goes on with next-token prediction: what the extra training alone buys.
 
 # %%
-noise = dict(weighting=weighting, low=low, high=high, full_share=full_share, complementary=complementary,
+noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
+             suffix_share=suffix_share, complementary=complementary,
              copies=copies, edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns,
              mask_noise=mask_noise, mask_noise_steps=mask_noise_steps)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, cap_weight=cap_weight,

@@ -37,6 +37,7 @@ weighting = "mean"
 low = 0.0
 high = 1.0
 full_share = 0.2
+suffix_share = 0.0
 complementary = False
 edit_rate = 0.1
 edit_weight = 0.5
@@ -76,6 +77,8 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 # ## Only the response is noised
 #
 # The prompt stays visible in both halves and is never a target. Each pair sits on its own blocks, as in decoding, and ends with EOS up to the block border. Of the targets, masked tokens are to be predicted (M2T); tokens that carry the model's own draft or a random token are to be recovered (T2T).
+#
+# In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 
 # %%
 folders = {name: artefacts.model_folder(profile, "02_wsd", name, seed) for name in arms}
@@ -87,7 +90,8 @@ response_tokens = int(rows["maskable"].sum())
 print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens")
 
 # %%
-noise = dict(weighting=weighting, low=low, high=high, full_share=full_share, complementary=complementary,
+noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
+             suffix_share=suffix_share, complementary=complementary,
              edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
             label_shift=models[arms[0]].config.hilda["label_shift"])

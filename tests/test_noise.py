@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tiny import MASK, text
 
-from hildalib.noise import allowed_ids, block_rates, complement, corrupt, own_drafts
+from hildalib.noise import allowed_ids, block_rates, complement, corrupt, own_drafts, suffix_blocks
 
 BANNED = [0, 1, 2, 4]
 
@@ -44,6 +44,32 @@ def test_one_rate_is_drawn_for_each_block():
     ids, _ = text(3, 16)
     rates = noised(ids).t.view(3, 4, 4)
     assert (rates == rates[:, :, :1]).all() and len(rates[:, :, 0].unique()) == 12
+
+
+@pytest.mark.parametrize("size", [4, 5, 8])
+def test_a_suffix_block_hides_its_last_positions_and_so_does_its_complement(size):
+    ids, _ = text(6, 40)
+    suffix = suffix_blocks(6, 40 // size, 0.5, generator=torch.Generator().manual_seed(1))
+    assert 0 < suffix.sum() < suffix.numel()
+    plain, mixed = noised(ids, size=size), noised(ids, size=size, suffix=suffix)
+    there = suffix.repeat_interleave(size, 1)
+    other, twin = complement(plain, ids, MASK), complement(mixed, ids, MASK, suffix, size)
+    assert torch.equal(mixed.mask_targets[~there], plain.mask_targets[~there]) and torch.equal(twin.mask_targets[~there], other.mask_targets[~there])
+    for row, rates in ((mixed, mixed.t), (twin, 1 - mixed.t)):
+        hidden = row.mask_targets.view(6, -1, size)[suffix]
+        assert torch.equal(hidden, hidden.cummax(-1).values)  # nothing visible behind a mask
+        assert torch.equal(hidden.sum(-1), (rates.view(6, -1, size)[suffix][:, 0] * size).round().long())
+    assert torch.equal(mixed.t, plain.t) and torch.equal(twin.noisy_ids == MASK, twin.mask_targets)
+
+
+def test_suffix_blocks_come_at_their_share_and_never_hide_a_prompt():
+    blocks = suffix_blocks(100, 100, 0.25, generator=torch.Generator().manual_seed(0))
+    assert abs(blocks.float().mean() - 0.25) < 4 * (0.25 * 0.75 / 10_000) ** 0.5
+    ids, _ = text(4, 16)
+    maskable = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    everywhere = torch.ones(4, 4, dtype=torch.bool)
+    out = noised(ids, maskable, suffix=everywhere)
+    assert not ((out.mask_targets | complement(out, ids, MASK, everywhere, 4).mask_targets) & ~maskable).any()
 
 
 @settings(max_examples=40, deadline=None)

@@ -93,6 +93,17 @@ def test_a_batch_keeps_copies_apart_and_its_noise_lays_them_in_one_row_each():
     assert torch.equal(flat.noisy_ids[3], data[1]["noisy_ids"][1]) and flat.mask_targets.shape == (6, 16)
 
 
+def test_a_share_of_blocks_hides_its_suffix_in_both_copies_and_size_1_stays_the_ar_objective():
+    every, none = (noisy(Recipe(LADDER, batch_size=2, complementary=True, suffix_share=share), documents=False) for share in (1.0, 0.0))
+    hidden = every[8]["mask_targets"].view(2, 4, 4)
+    assert torch.equal(hidden, hidden.cummax(-1).values) and not torch.equal(hidden[0], ~hidden[1])
+    assert torch.equal(every[0]["mask_targets"], none[0]["mask_targets"])  # block size 1
+    shown = none[8]["mask_targets"].view(2, 4, 4)[:, 1:]
+    assert torch.equal(shown[0], ~shown[1]) and not torch.equal(shown, shown.cummax(-1).values)
+    with pytest.raises(HildaError, match="suffix_share = 0.5 with weighting 1/t"):
+        Recipe(LADDER, suffix_share=0.5, weighting="1/t")
+
+
 def test_a_schedule_that_does_not_fit_the_rows_is_refused():
     with pytest.raises(HildaError, match="block size 6 does not divide length 16"):
         noisy(Recipe(BlockSchedule(stable=(6, 2))))
