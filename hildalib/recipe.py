@@ -177,6 +177,8 @@ ARMS = {
     "random masks only": lambda r: {"suffix_share": 0.0},
     "no keep": lambda r: {"keep_weight": 0.0},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
+    "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},
+    "checkpoint merge": lambda r: {"merge_top_k": r.merge_top_k or 3},
     "stable stage": lambda r: {"schedule": r.schedule.with_stable_stage()},
     "direct": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
     "AR twin": None,
