@@ -143,7 +143,7 @@ class Benchmarks(Common):
     items: int = field(16, "test items a task", low=1)
     batch_size: int = field(64, "prompts decoded together", low=1)
     max_new_tokens: int = field(32, "tokens of an answer", low=1)
-    plain_arm: str = field("no T2T", "arm of 03_sft that was not trained to edit; empty for no comparison")
+    other_arms: list[str] = field(["no T2T"], "arms of 03_sft to set beside dLLM, at equal tokens per forward")
     sweep_masks: list[float] = field([0.5, 0.9], "tau_mask values of the editing comparison", low=0, high=1)
     sweep_edits: list[float] = field([0.5, 1.0], "tau_edit values of the editing comparison", low=0, high=1)
     sweep_items: int = field(16, "test items a setting of that comparison", low=1)

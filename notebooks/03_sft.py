@@ -81,13 +81,16 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 # In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 
 # %%
-folders = {name: artefacts.model_folder(profile, "02_wsd", name, seed) for name in arms}
+converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
+starts = {name: name if name in converted else "dLLM" for name in arms}  # an arm that differs from here on
+folders = {name: artefacts.model_folder(profile, "02_wsd", start, seed) for name, start in starts.items()}
 models = {name: backbones.load(path, dtype="float32")[0] for name, path in folders.items()}
 tokenizer = backbones.load(folders[arms[0]], dtype="float32")[1]
 vocabulary = models[arms[0]].get_input_embeddings().num_embeddings
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 response_tokens = int(rows["maskable"].sum())
-print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens")
+print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; "
+      + ", ".join(f"{name} starts from {start} of 02" for name, start in starts.items()))
 
 # %%
 noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,

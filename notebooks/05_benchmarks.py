@@ -17,13 +17,13 @@
 # %% [markdown]
 # # 05 · Benchmarks
 #
-# **Question.** On prompts that nothing was tuned on: what does the editable block-diffusion model get right, at what cost, beside its autoregressive twin? And does training to edit pay at equal tokens per forward?
+# **Question.** On prompts that nothing was tuned on: what does the editable block-diffusion model get right, at what cost, beside its autoregressive twin? And which parts of its recipe pay, at equal tokens per forward?
 #
 # **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`.
 #
 # **Time.** Smoke: about 10 seconds. Profile nano: 20 seconds.
 #
-# **Outputs.** `benchmarks.csv` (this seed), `editing.csv`, `items.csv`, and two figures over all seeds that have been run.
+# **Outputs.** `benchmarks.csv` and `items.csv` (this seed), `questions.csv`, and figures over all seeds that have been run.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -32,7 +32,7 @@ task_names = ["arithmetic"]
 items = 16
 batch_size = 64
 max_new_tokens = 32
-plain_arm = "no T2T"
+other_arms = ["no T2T"]
 sweep_masks = [0.5, 0.9]
 sweep_edits = [0.5, 1.0]
 sweep_items = 16
@@ -55,7 +55,7 @@ NOTEBOOK = "05_benchmarks"
 output = paths.output_dir(profile, NOTEBOOK, seed)
 chosen = artefacts.read_metrics(profile, "04_decode", seed)
 folders = {name: artefacts.model_folder(profile, "03_sft", name, seed)
-           for name in filter(None, ("dLLM", "AR twin", plain_arm))}
+           for name in ("dLLM", "AR twin", *other_arms)}
 models = {name: backbones.load(folder, dtype="float32")[0] for name, folder in folders.items()}
 tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
 
@@ -107,22 +107,22 @@ if judge and open_tasks:
     print(judged.round(3).to_string(index=False))
 
 # %% [markdown]
-# ## Does training to edit pay?
+# ## Which parts of the recipe pay?
 #
-# Where the profile has trained one (`plain_arm`), the same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward. Profile nano leaves the arm out for time; profile recipes trains it.
+# The models of `other_arms` went through conversion and SFT with one idea changed ("no T2T": never trained to edit). All are decoded over the same thresholds on the same test prompts; the fair comparison is at equal tokens per forward. Profile nano leaves these arms out for time; profile recipes trains them.
 
 # %%
-arms = {"dLLM": "with T2T", plain_arm: "without T2T"} if plain_arm else {}
 sweep = []
-for name, tau_mask, tau_edit in itertools.product(arms, sweep_masks, sweep_edits):
+asked = ["dLLM", *other_arms] if other_arms else []
+for name, tau_mask, tau_edit in itertools.product(asked, sweep_masks, sweep_edits):
     decoder = evaluate.diffusion(settings(tau_mask, tau_edit))
     frame = evaluate.run(models[name], tokenizer, tasks.load(task_names[0]), decoder, limit=sweep_items, seed=0,
                          batch_size=batch_size, chat=chat)
-    sweep.append(evaluate.summary(frame).assign(seed=seed, arm=arms[name], tau_mask=tau_mask, tau_edit=tau_edit))
-    print(f"{arms[name]:12} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} "
+    sweep.append(evaluate.summary(frame).assign(seed=seed, arm=name, tau_mask=tau_mask, tau_edit=tau_edit))
+    print(f"{name:18} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} "
           f"accuracy {sweep[-1].accuracy[0]:.3f}  TPF {sweep[-1].tpf[0]:.2f}", flush=True)
 if sweep:
-    pd.concat(sweep, ignore_index=True).to_csv(output / "editing.csv", index=False)
+    pd.concat(sweep, ignore_index=True).to_csv(output / "questions.csv", index=False)
 
 # %% [markdown]
 # ## Over seeds
@@ -144,19 +144,20 @@ figures.save(figures.benchmarks(shown), "05_benchmarks", means, profile=profile,
 plt.show()
 
 # %%
-verdict = {}
-if sweep:
-    found = artefacts.seeds_done(profile, NOTEBOOK, "editing.csv").values()
+verdicts = {}
+for other in other_arms:
+    found = artefacts.seeds_done(profile, NOTEBOOK, "questions.csv").values()
     sweeps = pd.concat([pd.read_csv(path) for path in found], ignore_index=True)
-    verdict = comparison.at_equal_tpf(sweeps, reference="with T2T", other="without T2T")
-    figures.save(comparison.arms(sweeps, verdict), "05_editing", sweeps,
+    pair = sweeps[sweeps.arm.isin(["dLLM", other])]
+    verdicts[other] = verdict = comparison.at_equal_tpf(pair, reference="dLLM", other=other)
+    figures.save(comparison.arms(pair, verdict), f"05_{other.replace(' ', '_')}", pair,
                  profile=profile, seed=seed, provenance=origin | {"items": sweep_items})
     plt.show()
-    print(f"with T2T minus without, at equal tokens per forward: {verdict['difference']:+.3f} "
+    print(f"dLLM minus {other}, at equal tokens per forward: {verdict['difference']:+.3f} "
           f"[{verdict['low']:+.3f}, {verdict['high']:+.3f}] over seeds")
 
 # %%
-artefacts.write_metrics({"presets": chosen["presets"], "benchmarks": table.to_dict("records"), "editing": verdict},
+artefacts.write_metrics({"presets": chosen["presets"], "benchmarks": table.to_dict("records"), "questions": verdicts},
                         profile, NOTEBOOK, seed, model=models["dLLM"])
 columns = ["task", "arm", "n_seeds", "accuracy", "accuracy_low", "accuracy_high", "tpf", "nfe", "tokens_per_s"]
 print(means[columns].round(3).to_string(index=False))
@@ -164,6 +165,6 @@ print(means[columns].round(3).to_string(index=False))
 # %% [markdown]
 # ## What we learned
 #
-# The first figure is the honest table: accuracy with its interval, and what it cost in forwards and time, for both modes and the twin. The second answers the editing question for this model: where the two curves lie at the same tokens per forward, and the printed difference with its interval says whether that is more than noise.
+# The first figure is the honest table: accuracy with its interval, and what it cost in forwards and time, for both modes and the twin. The others answer one question each: where the two curves lie at the same tokens per forward, and the printed difference with its interval says whether that is more than noise.
 #
 # A tokens-per-forward above one is not a speed-up by itself: a diffusion forward feeds a whole block. The last cost column of the first figure is the wall clock.
