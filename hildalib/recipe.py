@@ -174,7 +174,7 @@ ARMS = {
     "unshifted": lambda r: {"label_shift": False},
     "no size-1 rows": lambda r: {"ar_share": 0.0},
     "complementary": lambda r: {"complementary": True},
-    "random masks only": lambda r: {"suffix_share": 0.0},
+    "suffix masks": lambda r: {"suffix_share": r.suffix_share or 0.5},
     "no keep": lambda r: {"keep_weight": 0.0},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},

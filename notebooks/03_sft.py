@@ -78,11 +78,11 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 #
 # The prompt stays visible in both halves and is never a target. Each pair sits on its own blocks, as in decoding, and ends with EOS up to the block border. Of the targets, masked tokens are to be predicted (M2T); tokens that carry the model's own draft or a random token are to be recovered (T2T).
 #
-# In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
+# In a share of the blocks (`suffix_share`; none, unless an arm or a profile asks for it) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 
 # %%
 converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
-starts = {name: name if name in converted else "dLLM" for name in arms}  # an arm that differs from here on
+starts = {name: name if name in {*converted, "AR twin"} else "dLLM" for name in arms}  # others differ from here on
 folders = {name: artefacts.model_folder(profile, "02_wsd", start, seed) for name, start in starts.items()}
 models = {name: backbones.load(path, dtype="float32")[0] for name, path in folders.items()}
 tokenizer = backbones.load(folders[arms[0]], dtype="float32")[1]

@@ -112,7 +112,7 @@ def test_a_schedule_that_does_not_fit_the_rows_is_refused():
 # ---- arms -----------------------------------------------------------------------------------------------------------------------
 
 FULL = Recipe(LADDER, batch_size=2, accumulate=2, edit_rate=0.2, draft_share=0.5, keep_weight=0.1, kl_weight=0.4, ar_share=0.2, cap_weight=0.1,
-              mask_noise=0.1, mask_noise_steps=3, complementary=True, suffix_share=0.3, seed=7, stage="wsd")
+              mask_noise=0.1, mask_noise_steps=3, complementary=True, seed=7, stage="wsd")
 
 
 def changed(name):
@@ -124,7 +124,7 @@ def changed(name):
     ("dLLM", {}), ("no T2T", {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}), ("random T2T", {"draft_share": 0.0}),
     ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}),
     ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))}), ("complementary", {}), ("no keep", {"keep_weight": 0.0}),
-    ("random masks only", {"suffix_share": 0.0}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3}),
+    ("suffix masks", {"suffix_share": 0.5}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3}),
     ("no mask noise", {"mask_noise_steps": 0}), ("stable stage", {"schedule": asdict(LADDER.with_stable_stage())})])
 def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
     assert changed(name) == expected
