@@ -21,7 +21,7 @@
 #
 # **Needs.** Nothing. Real text is taken from the folder `HILDA_DATA` if it is set, then from the Hugging Face hub; the procedural tasks are always there.
 #
-# **Time.** Smoke: seconds. Profile nano: about 20 seconds on two cores. Profile smol: about a minute.
+# **Time.** Smoke: 15 seconds. Profile nano: about 20 seconds on two cores. Profile smol: about a minute.
 #
 # **Outputs.** Token shards and packed rows for notebooks 02 and 03 (`outputs/<profile>/01_data/checkpoints`), `sources.csv`, three figures.
 

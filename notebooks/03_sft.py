@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) and [02 · Conversion](02_wsd.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 5 seconds. Profile nano: 14 minutes on two threads.
+# **Time.** Smoke: about 20 seconds. Profile nano: 14 minutes on two threads.
 #
 # **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, `validation.csv`, two figures, and text that the models wrote.
 

@@ -21,7 +21,7 @@
 #
 # **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 10 seconds. Profile nano: 20 seconds.
+# **Time.** Smoke: about 20 seconds. Profile nano: 20 seconds.
 #
 # **Outputs.** `benchmarks.csv` and `items.csv` (this seed), `questions.csv`, and figures over all seeds that have been run.
 
