@@ -55,12 +55,13 @@ class Recorder:
         frame = (canvas, self.state, self.confidence, forwards)
         self.frames.append(tuple(value.cpu().numpy().copy() for value in frame))
 
-    def write(self, rows: Tensor, positions: Tensor, filled: Tensor, edited: Tensor, confidence: Tensor) -> None:
-        """rows (b,); positions, filled, edited, confidence (b, Q): what one forward wrote."""
-        for where, code in ((filled, DRAFT), (edited, EDITED)):
+    def write(self, rows: Tensor, positions: Tensor, filled: Tensor, revised: Tensor, confidence: Tensor, remasks: bool = False) -> None:
+        """rows (b,); positions, filled, revised, confidence (b, Q): what one forward wrote. remasks: the revised became masks."""
+        after = (MASK, torch.full_like(confidence, torch.nan)) if remasks else (EDITED, confidence)
+        for where, code, score in ((filled, DRAFT, confidence), (revised, *after)):
             row, column = rows[:, None].expand_as(positions)[where], positions[where]
             self.state[row, column] = code
-            self.confidence[row, column] = confidence[where].float()
+            self.confidence[row, column] = score[where].float()
 
     def close(self, rows: Tensor, starts: Tensor, block_size: int) -> None:
         """The blocks of `rows` that begin at `starts` are closed: drafts become committed."""
