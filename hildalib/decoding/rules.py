@@ -34,7 +34,8 @@ def leading(score: Tensor, among: Tensor, count: Tensor | int) -> Tensor:
 
 def at_least(chosen: Tensor, confidence: Tensor, masked: Tensor, minimum: int) -> Tensor:
     """`chosen`, or where it has fewer than `minimum` positions the `minimum` most confident masked ones instead: progress."""
-    return torch.where((chosen.sum(-1, keepdim=True) < minimum), leading(confidence, masked, minimum), chosen)
+    short = chosen.sum(-1, keepdim=True) < minimum
+    return torch.where(short, leading(confidence, masked, minimum), chosen) if bool(short.any()) else chosen
 
 
 def fill(confidence: Tensor, masked: Tensor, tau_mask: float, minimum: int = 1) -> Tensor:
