@@ -258,8 +258,17 @@ def decode(model, prompt, s, generator=None):
                 break
         if (s.stop_at_eos and model.config.eos_token_id in x[P:e].tolist()) or k == blocks - 1:
             break
-        forwards -= stable  # the forward that confirmed this block is the next one's first
         if generator and not stable:
             torch.rand(1, K, generator=generator)  # the commit of an exhausted block is drawn for, and changes nothing
+        if not s.look_back:
+            forwards -= stable  # the forward that confirmed this block is the next one's first
+            continue
+        forwards += 2 + (not stable)  # re-read, commit again; and the commit of an exhausted block
+        first, position = max(e - (s.look_back + 1) * K, 0), torch.arange(e)
+        z = _logits(model, x, e, ((position[:, None] >= first) | (position[:, None] // K >= position // K))[None, None])[:a]
+        p, v = z.softmax(-1).max(-1)
+        for i in range(max(P, first + model.config.hilda["label_shift"]), a):
+            if p[i] > s.tau_edit and v[i] != x[i]:
+                x[i], snapshot[i] = v[i], float(p[i])
     out = x[P:P + s.max_new_tokens].tolist()
     return out[:out.index(model.config.eos_token_id) + 1] if s.stop_at_eos and model.config.eos_token_id in out else out, forwards

@@ -102,15 +102,15 @@ class _Decode:
 
     def _forward_with_shadow(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """`_forward`, and the logits (b, K, V) of each position of the first block with its own token hidden; one forward."""
-        size, start, slots = self.size, positions[:, 0], self.canvas.shape[1]
-        block = self.canvas[self.live].gather(1, positions[:, :size])
-        ids, places = shadow.rows(block, start, self.mask_id, self.shift)
-        first, count = 2 * size, ids.shape[1]  # its keys go behind the block that may be read ahead, where no other row looks
-        used = self.cache.at(torch.cat([positions, start[:, None] + first + torch.arange(count, device=start.device)], 1)).used
+        size, start = self.size, positions[:, :1]
+        own = self.canvas[self.live].gather(1, positions)
+        ids, places = shadow.rows(own[:, :size], start, self.mask_id, self.shift)
+        first = 2 * size  # its keys go behind the block that may be read ahead, where no other row looks
+        used = self.cache.at(torch.cat([positions, start + first + torch.arange(ids.shape[1], device=start.device)], 1)).used
         mask = torch.cat([attention.window(positions, used, size), shadow.window(start, size, used, first, self.shift, self.revise.isolated)], 2)
-        ids = torch.cat([self.canvas[self.live].gather(1, positions), ids], 1)
-        wanted = torch.cat([torch.arange(positions.shape[1]), torch.arange(-(size - self.shift), 0) + ids.shape[1]]).to(start.device)
-        logits = self._feed(ids, torch.cat([positions, places], 1), mask, wanted.expand(len(ids), -1))
+        columns = torch.arange(positions.shape[1] + ids.shape[1], device=start.device)
+        columns = torch.cat([columns[:positions.shape[1]], columns[self.shift - size:]]).expand(len(ids), -1)  # the last rows predict
+        logits = self._feed(torch.cat([own, ids], 1), torch.cat([positions, places], 1), mask, columns)
         own, hidden = logits[:, :positions.shape[1]], logits[:, positions.shape[1]:]
         if self.shift:
             hidden = torch.cat([own[:, :1] if self.carry is None else self.carry[:, None], hidden], 1)
@@ -147,7 +147,7 @@ class _Decode:
             return logits[:, 1:], None, None
         positions = self._positions(start, self.size * (2 if ahead.any() else 1))
         logits, hidden = self._forward_with_shadow(positions) if shadowed.any() else (self._forward(positions), None)
-        self._count(live, self.size * (1 + ahead.long()) + shadowed.long() * (2 * (self.size - 1) if self.shift else self.size))
+        self._count(live, self.size * (1 + ahead.long()) + shadowed.long() * shadow.count(self.size, self.shift))
         return logits[:, :self.size], logits[:, self.size:] if ahead.any() else None, hidden
 
     def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
@@ -156,10 +156,11 @@ class _Decode:
         current, history = self.canvas[live].gather(1, positions), self.snapshot[live]
         hidden = (current == self.mask_id) & ~frozen[:, None]
         visible = (current != self.mask_id) & (positions >= self.lengths[live][:, None]) & ~frozen[:, None]
-        spent = self.remasks[live].gather(1, positions) >= self.settings.max_remasks
-        memory = {name: value[live] for name, value in self.memory.items()}
-        return rules.Block(logits, current, hidden, rules.leftmost(hidden, self.settings.sub_block), visible, spent, history, history.gather(1, positions),
-                           memory, hidden_logits, self.settings.temperature, self.generator), positions
+        return rules.Block(
+            logits=logits, current=current, hidden=hidden, masked=rules.leftmost(hidden, self.settings.sub_block), visible=visible,
+            spent=self.remasks[live].gather(1, positions) >= self.settings.max_remasks, history=history, snapshot=history.gather(1, positions),
+            memory={name: value[live] for name, value in self.memory.items()}, shadow=hidden_logits,
+            temperature=self.settings.temperature, generator=self.generator), positions
 
     def _write(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fill and revise the current blocks of rows `live` by aligned logits (b, K, V); frozen (b,) bool: write nothing.
@@ -167,8 +168,7 @@ class _Decode:
         block, positions = self._block(live, logits, frozen, hidden_logits)
         ids, filled, revised = rules.advance(block, self.commit, self.revise, self.mask_id)
         self.canvas[live] = self.canvas[live].scatter(1, positions, ids)
-        snapshot = torch.where(revised, block.confidence, block.snapshot) if not self.revise.remasks else block.snapshot
-        self.snapshot[live] = block.history.scatter(1, positions, snapshot)
+        self.snapshot[live] = block.history.scatter(1, positions, block.snapshot)
         if self.revise.remasks:
             self.remasks[live] = self.remasks[live].scatter_add(1, positions, revised.long())
         for name, value in block.memory.items():
@@ -267,6 +267,8 @@ class _Decode:
         reach &= (positions > start[:, None]) if self.shift else True
         edited = rules.edit(tokens, confidence, current, reach, self.settings.tau_edit)
         self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(edited, tokens, current))
+        history = self.snapshot[live]
+        self.snapshot[live] = history.scatter(1, positions, torch.where(edited, confidence, history.gather(1, positions)))
         if self.recorder:
             self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence)
             self.recorder.snap(self.canvas, self.forwards)

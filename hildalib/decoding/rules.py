@@ -121,6 +121,7 @@ def advance(block: Block, commit, revise, mask_id: int) -> tuple[Tensor, Tensor,
     block.filled = at_least(commit(block), block.confidence, block.masked, 1)
     block.snapshot = torch.where(block.filled, block.confidence, block.snapshot)
     revised = revise(block) & (block.revisable() if revise.remasks else block.visible)
+    if not revise.remasks:
+        block.snapshot = torch.where(revised, block.confidence, block.snapshot)
     ids = torch.where(block.filled, block.tokens, block.current)
-    ids = torch.where(revised, mask_id if revise.remasks else block.tokens, ids)
-    return ids, block.filled, revised
+    return torch.where(revised, mask_id if revise.remasks else block.tokens, ids), block.filled, revised

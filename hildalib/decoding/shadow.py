@@ -1,7 +1,7 @@
 """The shadow of a block: extra rows of the same forward that predict each position without seeing its token (WINO).
 
 Nothing attends to the shadow, so the block's own logits stay what they were. With more than one layer a shadow row still sees its
-token through its neighbours: an optimistic verifier. Entry points: `rows`, `window`.
+token through its neighbours: an optimistic verifier. Entry points: `rows`, `count`, `window`.
 """
 
 import torch
@@ -9,16 +9,21 @@ from torch import Tensor
 
 
 def rows(block: Tensor, start: Tensor, mask_id: int, shift: bool) -> tuple[Tensor, Tensor]:
-    """(ids, positions), each (b, S): the shadow of `block` (b, K) long whose first position is `start` (b,).
+    """(ids, positions), each (b, S): the shadow of `block` (b, K) long whose first position is `start` (b, 1).
 
     Unshifted, S = K: [MASK] at every position i, whose row predicts it. Shifted, S = 2 (K - 1): [MASK] at positions 1..K-1, then
     the tokens before them again, whose rows predict them; position 0 is predicted from the block before, which never sees it.
     """
     column = torch.arange(block.shape[1], device=block.device)
     if not shift:
-        return torch.full_like(block, mask_id), start[:, None] + column
+        return torch.full_like(block, mask_id), start + column
     ids = torch.cat([torch.full_like(block[:, 1:], mask_id), block[:, :-1]], 1)
-    return ids, start[:, None] + torch.cat([column[1:], column[:-1]])
+    return ids, start + torch.cat([column[1:], column[:-1]])
+
+
+def count(size: int, shift: bool) -> int:
+    """S, the rows of the shadow of a block of `size`."""
+    return 2 * (size - 1) if shift else size
 
 
 def _table(size: int, shift: bool, isolated: bool, device) -> Tensor:
@@ -35,12 +40,11 @@ def _table(size: int, shift: bool, isolated: bool, device) -> Tensor:
 def window(start: Tensor, size: int, slots: int, first: int, shift: bool, isolated: bool) -> Tensor:
     """(b, 1, S, slots) bool, True = may attend: the blocks before, and of its own block and shadow what `_table` says.
 
-    start (b,): slot of the block's first position; the shadow's keys are in the slots from start + first on.
+    start (b, 1): slot of the block's first position; the shadow's keys are in the slots from start + first on.
     """
     table = _table(size, shift, isolated, start.device)
-    shadow = table.shape[1] - size
-    offset = torch.arange(slots, device=start.device) - start[:, None]
+    offset = torch.arange(slots, device=start.device) - start
     column = torch.where((offset >= 0) & (offset < size), offset, -1)
-    column = torch.where((offset >= first) & (offset < first + shadow), offset - first + size, column)
+    column = torch.where((offset >= first) & (offset < first + count(size, shift)), offset - first + size, column)
     seen = table.T[column.clamp(min=0)] & (column >= 0)[..., None]  # (b, slots, S)
     return (seen | (offset < 0)[..., None]).transpose(1, 2)[:, None]
