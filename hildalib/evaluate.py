@@ -7,6 +7,7 @@ Entry points: `run` (one row an item), `summary` (one row a run, Wilson interval
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -110,12 +111,15 @@ def likelihood(judge, tokenizer, prompts: list[str], texts: list[str], batch_siz
 
 
 def across_seeds(tables: dict[int, pd.DataFrame], keys: list[str], values: list[str]) -> pd.DataFrame:
-    """Mean and 95 % t-interval over seeds of each value, one row per combination of `keys`; column n_seeds says how many."""
+    """Mean and 95 % t-interval over seeds of each value, one row per combination of `keys`; column n_seeds says how many.
+
+    The interval of "accuracy" ends at 0 and 1: with few seeds a t-interval is wider than what a share can be."""
     stacked = pd.concat([table.assign(run_seed=seed) for seed, table in tables.items()], ignore_index=True)
     rows = []
     for key, group in stacked.groupby(keys, sort=False):
         row = dict(zip(keys, key if isinstance(key, tuple) else (key,))) | {"n_seeds": group.run_seed.nunique()}
         for value in values:
-            row[value], row[f"{value}_low"], row[f"{value}_high"] = mean_interval(group[value])
+            mean, *ends = mean_interval(group[value])
+            row[value], row[f"{value}_low"], row[f"{value}_high"] = mean, *(np.clip(ends, 0.0, 1.0) if value == "accuracy" else ends)
         rows.append(row)
     return pd.DataFrame(rows)

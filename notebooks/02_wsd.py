@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) with the same `profile`, `model` and `seed`.
 #
-# **Time.** Smoke: about 15 seconds. Profile nano: 14 minutes on one thread (the AR parent is trained here too). Profile smol (SmolLM2-135M, 100 k tokens): 83 minutes on one thread without bfloat16.
+# **Time.** Smoke: about 15 seconds. Profile nano: 8 minutes on two threads (the AR parent is trained here too). Profile smol (SmolLM2-135M, 100 k tokens): 83 minutes on one thread without bfloat16.
 #
 # **Outputs.** Parent, dLLM, AR twin and ablation arms under `outputs/<profile>/02_wsd/checkpoints`, `losses.csv`, `validation.csv`, three figures.
 

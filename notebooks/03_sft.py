@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) and [02 · Conversion](02_wsd.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 5 seconds. Profile nano: 16 minutes on one thread.
+# **Time.** Smoke: about 5 seconds. Profile nano: 14 minutes on two threads.
 #
 # **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, a figure, and text that the models wrote.
 

@@ -21,7 +21,7 @@
 #
 # **Needs.** [03 · SFT](03_sft.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 10 seconds. Profile nano: half a minute.
+# **Time.** Smoke: about 10 seconds. Profile nano: 50 seconds.
 #
 # **Outputs.** `grid.csv`, presets S and Q tuned on validation prompts (`metrics.json`), stored traces, four figures, and the sliders at the end.
 

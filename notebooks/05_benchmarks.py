@@ -85,7 +85,8 @@ table = pd.concat([evaluate.summary(part).assign(task=task_name, arm=label)
 table.insert(0, "seed", seed)
 table.to_csv(output / "benchmarks.csv", index=False)
 everything.to_csv(output / "items.csv", index=False)
-table.round(3)
+columns = ["task", "arm", "accuracy", "low", "high", "tpf", "nfe", "positions_fed", "tokens_per_s", "cpu_seconds"]
+table[columns].round(3)
 
 # %% [markdown]
 # Texts have no right answer: they are measured by their likelihood under a fixed judge (nats per token, lower is more likely), by repetition and by diversity.
@@ -108,7 +109,7 @@ if judge and open_tasks:
 # %% [markdown]
 # ## Does training to edit pay?
 #
-# Where the profile has trained one (`plain_arm`), the same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward. Profile nano leaves the arm out for time; profile recipes asks the question right after conversion.
+# Where the profile has trained one (`plain_arm`), the same recipe without the T2T stream, decoded over the same thresholds on the same test prompts. The fair comparison is at equal tokens per forward. Profile nano leaves the arm out for time; profile recipes trains it.
 
 # %%
 arms = {"dLLM": "with T2T", plain_arm: "without T2T"} if plain_arm else {}

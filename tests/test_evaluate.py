@@ -97,10 +97,11 @@ def test_t_quantiles_of_the_tables(freedom, quantile):
 
 
 def test_a_mean_over_seeds_has_the_t_interval_and_a_single_seed_none():
-    tables = {seed: pd.DataFrame({"arm": ["a", "b"], "accuracy": [value, 0.5]}) for seed, value in enumerate((0.1, 0.2, 0.6))}
-    table = evaluate.across_seeds(tables, ["arm"], ["accuracy"]).set_index("arm")
+    tables = {seed: pd.DataFrame({"arm": ["a", "b"], "accuracy": [value, 0.5], "tpf": [value, 2.0]}) for seed, value in enumerate((0.1, 0.2, 0.6))}
+    table = evaluate.across_seeds(tables, ["arm"], ["accuracy", "tpf"]).set_index("arm")
     half = 4.302653 * pd.Series([0.1, 0.2, 0.6]).std() / 3 ** 0.5
-    assert table.loc["a", ["accuracy", "accuracy_low", "accuracy_high"]].tolist() == pytest.approx([0.3, 0.3 - half, 0.3 + half], abs=1e-4)
+    assert table.loc["a", ["tpf", "tpf_low", "tpf_high"]].tolist() == pytest.approx([0.3, 0.3 - half, 0.3 + half], abs=1e-4)
+    assert half > 0.3 and table.loc["a", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx([0.0, 0.3 + half], abs=1e-4)
     assert table.loc["b", ["accuracy_low", "accuracy_high"]].tolist() == pytest.approx([0.5, 0.5]) and table.n_seeds.tolist() == [3, 3]
     lonely = evaluate.across_seeds({0: tables[0]}, ["arm"], ["accuracy"])
     assert lonely.accuracy.tolist() == [0.1, 0.5] and lonely.accuracy_low.isna().all() and mean_interval([2.0])[0] == 2.0
