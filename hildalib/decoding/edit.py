@@ -169,7 +169,7 @@ class _Decode:
         edited = rules.edit(tokens, confidence, current, free & ~masked, settings.tau_edit) & ~frozen[:, None]
         self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(filled | edited, tokens, current))
         if self.recorder:
-            self.recorder.write(live, positions, filled, edited, confidence)
+            self.recorder.write(live, positions, filled, edited, confidence, tokens)
         return ~(masked & ~filled).any(-1), edited.any(-1)
 
     def step(self) -> None:
@@ -258,7 +258,7 @@ class _Decode:
         edited = rules.edit(tokens, confidence, current, reach, self.settings.tau_edit)
         self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(edited, tokens, current))
         if self.recorder:
-            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence)
+            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence, tokens)
             self.recorder.snap(self.canvas, self.forwards)
         raw = self._forward(positions)
         self._count(live[closing], span)
