@@ -189,7 +189,7 @@ def test_groups_with_equal_rewards_change_no_weight(method, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_solves_a_bandit_of_two_tokens(method, tmp_path):
-    """Reward: the share of the two tokens that is "7". One prompt, ten tokens a second: at the end the policy is sure."""
+    """Reward: the share of the two tokens that is "7". One prompt, thirty steps, a second or two: at the end the policy is sure."""
     ar = method == "AR GRPO"
     model, tokenizer = tiny(1, block_size=1 if ar else 4)
     recipe = RLRecipe(method, steps=30, prompts=1, group=16, updates=1, lr=2e-2, max_grad_norm=1.0, weight_decay=0.0, eval_every=100)
@@ -256,6 +256,14 @@ def test_every_pass_shows_every_prompt_once_in_a_new_order():
     shown = [item["n"] for step in range(9) for item in trainer.prompts_of(step, recipe, pool)]
     passes = [tuple(shown[start:start + 6]) for start in range(0, 36, 6)]
     assert all(sorted(one) == list(range(6)) for one in passes) and len(set(passes)) > 3
+
+
+def test_success_rates_are_means_of_rewards_in_the_order_of_the_items():
+    model, tokenizer = tiny(1)
+    task = SimpleNamespace(name="t", prompt=lambda item: item["prompt"], score=lambda text, item: item["worth"] * (len(text) > 0))
+    items = [{"prompt": str(n), "worth": n / 4} for n in range(5)]
+    rates = trainer.success_rates(model, tokenizer, task, items, replace(SETTINGS, max_new_tokens=6), group=3, batch_size=7)
+    assert torch.allclose(rates, torch.arange(5) / 4) and torch.equal(rates, trainer.success_rates(model, tokenizer, task, items, replace(SETTINGS, max_new_tokens=6), group=3, batch_size=7))
 
 
 @pytest.mark.parametrize("changes, message", [({"method": "PPO"}, "method 'PPO' is unknown; use one of wd1"), ({"group": 1}, "group = 1: a completion is judged"),

@@ -1,7 +1,7 @@
 """The RL loop: sample groups of completions, score them, take a few gradient steps, repeat; interrupted runs go on where they were.
 
 Everything random is a function of (seed, step), so a resumed run is the same run. Entry points: `train`, `RLRecipe`, `METHODS`,
-`policy_gradient` (one loss, its gradient left in the model, in micro-batches).
+`success_rates` (which prompts are worth a pool), `policy_gradient` (one loss, its gradient left in the model, in micro-batches).
 """
 
 import copy
@@ -118,6 +118,18 @@ def _encode(tokenizer, task, items: list[dict], chat: bool, pad_id: int) -> tupl
     texts = [task.prompt(item) for item in items]
     texts = [backbones.chat_prompt(tokenizer, text) for text in texts] if chat else texts
     return left_pad(tokenizer(texts, add_special_tokens=False)["input_ids"], pad_id)
+
+
+def success_rates(model, tokenizer, task, items: list[dict], settings: EditSettings, *, group: int = 8, chat: bool = False, batch_size: int = 256,
+                  seed: int = 0) -> Tensor:
+    """(n,) mean reward of `group` completions of each item: only prompts with a rate inside (0, 1) teach anything. batch_size: rows."""
+    rates, prompts = [], max(batch_size // group, 1)
+    for start in range(0, len(items), prompts):
+        asked = [item for item in items[start:start + prompts] for _ in range(group)]
+        ids, real = (value.to(model.device) for value in _encode(tokenizer, task, asked, chat, eos_ids(model)[0]))
+        rollout = sample(model, ids, settings, attention_mask=real, generator=_generator(seed, start, 1))
+        rates.append(score(rollout.ids, tokenizer, task, asked).view(-1, group).mean(1))
+    return torch.cat(rates)
 
 
 @dataclass(frozen=True)
