@@ -174,7 +174,7 @@ class _Decode:
         for name, value in block.memory.items():
             self.memory.setdefault(name, value.new_zeros(len(self.canvas), *value.shape[1:]))[live] = value
         if self.recorder:
-            self.recorder.write(live, positions, filled, revised, block.confidence, self.revise.remasks)
+            self.recorder.write(live, positions, filled, revised, block.confidence, block.tokens, self.revise.remasks)
         return (ids != self.mask_id).all(-1), revised.any(-1)
 
     def step(self) -> None:
@@ -270,7 +270,7 @@ class _Decode:
         history = self.snapshot[live]
         self.snapshot[live] = history.scatter(1, positions, torch.where(edited, confidence, history.gather(1, positions)))
         if self.recorder:
-            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence)
+            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence, tokens)
             self.recorder.snap(self.canvas, self.forwards)
         raw = self._forward(positions)
         self._count(live[closing], span)
