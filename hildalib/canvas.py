@@ -205,8 +205,9 @@ def filmstrip(trace, tokens: Tokens, steps: Sequence[int] | None = None, row: in
             _cell(ax, place, -line, item, _checked(colour), room if room > 3 else 0, size, border=min(1.0, 12 / len(span) + 0.4))
         if before is not None:
             written = int(((before.state == "MASK") & (frame.state != "MASK")).sum())
-            edited = int(((before.state != "MASK") & (before.id != frame.id)).sum())
-            note = ", ".join([f"+{written}"] * bool(written) + [f"{edited} edited"] * bool(edited)) or "–"
+            back = int(((before.state != "MASK") & (frame.state == "MASK")).sum())
+            edited = int(((before.state != "MASK") & (frame.state != "MASK") & (before.id != frame.id)).sum())
+            note = ", ".join([f"+{written}"] * bool(written) + [f"{edited} edited"] * bool(edited) + [f"{back} masked again"] * bool(back)) or "–"
             ax.text(len(span) + 0.015 * len(span), 0.43 - line, note, va="center", fontsize=7, color="#333333")
         before = frame
     for place, position in enumerate(span):

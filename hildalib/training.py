@@ -266,7 +266,7 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
     model.load_state_dict(merge_checkpoints(best), strict=False)
 
 
-def _load_finished(model, folder: Path) -> None:
+def load_finished(model, folder: Path) -> None:
     """Weights and `hilda` record of a model that `train` has saved."""
     try:
         foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
@@ -298,7 +298,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     with arguments.main_process_first(local=False):  # a barrier: the folder is ready before anyone looks into it
         finished = log.exists()  # written last, after the model
     if finished:
-        _load_finished(model, folder / "model")
+        load_finished(model, folder / "model")
         return pd.read_csv(log)
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
            "vocab_size": model.get_input_embeddings().weight.shape[0]}
@@ -321,12 +321,12 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift, "stage": recipe.stage}
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
     if trainer.is_world_process_zero():
-        _publish(model, tokenizer, history, folder)
+        publish(model, tokenizer, history, folder)
     trainer.accelerator.wait_for_everyone()
     return history
 
 
-def _publish(model, tokenizer, history, folder: Path) -> None:
+def publish(model, tokenizer, history, folder: Path) -> None:
     """The finished run: model, then log.csv, whose presence says that the run is whole; checkpoints go last."""
     backbones.save(model, tokenizer, folder / "model")
     temporary = folder / "log.tmp"

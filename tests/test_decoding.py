@@ -8,7 +8,7 @@ import reference
 import torch
 from tiny import EOS, FIRST, MASK, tiny
 
-from hildalib import HildaError, nano
+from hildalib import HildaError, attention, nano
 from hildalib.decoding import PRESETS, Decoded, EditSettings, Trace, ar_decode, edit_decode, rules, settings_for
 from hildalib.decoding.cache import BlockCache
 from hildalib.decoding.trace import COMMITTED, DRAFT, EDITED, PROMPT, MASK as MASKED
@@ -200,6 +200,7 @@ def test_states_say_what_the_ids_did(seed, look_back):
     assert (np.diff(trace.forward, axis=0) >= 0).all() and (trace.forward[0] == 0).all() and (trace.forward[-1] == out.forwards.numpy()).all()
     for row, length in enumerate(trace.prompt_length):
         assert out.ids[row, 0] == trace.ids[-1, row, length]
+    assert (trace.predicted == trace.ids)[trace.ids != MASK].all()
 
 
 def test_edits_were_seen_in_the_traces_above():
@@ -208,10 +209,25 @@ def test_edits_were_seen_in_the_traces_above():
     assert any((trace.state == EDITED).any() for trace in found)
 
 
+def test_a_trace_keeps_the_whole_prediction_of_a_block_before_it_is_masked_again():
+    """Greedy, one token a forward: what the model chose for each mask is what an independent forward of that canvas prefers."""
+    model, _ = tiny(sharpen=8.0)
+    trace = edit_decode(model, PROMPT_IDS, EditSettings(tau_mask=2.0, tau_edit=2.0, max_new_tokens=5, stop_at_eos=False), trace=True).trace
+    seen = 0
+    for before, after in zip(trace.ids, trace.predicted[1:]):
+        end = int((before[0] != after[0]).nonzero()[0].max()) // 4 * 4 + 4 if (before != after).any() else 0
+        canvas = torch.tensor(before[0, :end])
+        if end:
+            chosen = reference._logits(model, canvas, end, attention.block_causal(end, 4)).argmax(-1)
+            assert torch.equal(torch.where(canvas == MASK, chosen, canvas), torch.tensor(after[0, :end]))
+            seen += (canvas == MASK).sum()
+    assert seen > 5
+
+
 def test_a_stored_trace_comes_back_whole_and_untrusted_files_are_not_unpickled(tmp_path):
     trace = edit_decode(tiny()[0], PROMPT_IDS, EditSettings(max_new_tokens=6), trace=True).trace
     back = Trace.load(trace.save(tmp_path / "trace.npz"))
-    assert all(np.array_equal(getattr(trace, name), getattr(back, name), equal_nan=name == "confidence") for name in ("ids", "state", "confidence", "forward", "prompt_length"))
+    assert all(np.array_equal(getattr(trace, name), getattr(back, name), equal_nan=name == "confidence") for name in ("ids", "state", "confidence", "forward", "predicted", "prompt_length"))
     assert (back.block_size, back.mask_token_id) == (4, MASK) and isinstance(back.block_size, int)
     np.savez(tmp_path / "evil.npz", **{name: np.array([object()]) for name in trace.__dataclass_fields__})
     with pytest.raises(ValueError, match="allow_pickle"):

@@ -1,4 +1,4 @@
-"""Decoders: the threshold-edit loop, its cache, rules and trace, and the AR twin's.
+"""Decoders: the block loop with its cache, trace and rules (`commit`, `revise`), and the AR twin's.
 
 Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`, `ar_decode`, `Trace`, `generate_text`.
 """
@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 
 from hildalib import HildaError
+from hildalib.decoding import commit, revise
 from hildalib.decoding.autoregressive import ar_decode
-from hildalib.decoding.edit import PRESETS, Decoded, EditSettings, edit_decode
+from hildalib.decoding.edit import Decoded, edit_decode
+from hildalib.decoding.settings import PRESETS, EditSettings
 from hildalib.decoding.trace import Trace
 
-__all__ = ["PRESETS", "Decoded", "EditSettings", "Trace", "ar_decode", "edit_decode", "generate_text", "settings_for"]
+__all__ = ["PRESETS", "Decoded", "EditSettings", "Trace", "ar_decode", "commit", "edit_decode", "generate_text", "revise", "settings_for"]
 
 
 def settings_for(mode: str, tau_mask: float | None = None, tau_edit: float | None = None, presets: dict | None = None, **changes) -> EditSettings:

@@ -1,7 +1,8 @@
-"""The threshold-edit loop of LLaDA2.1 (section 2; card presets S and Q), batched and cached, on any plain causal LM.
+"""The block loop: by default the threshold-edit loop of LLaDA2.1 (section 2), batched and cached, on any plain causal LM.
 
-Rows of a batch advance through their own blocks: a row that closes a block starts the next one while others still
-edit theirs, and finished rows leave the batch. Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`.
+Rows of a batch advance through their own blocks: a row that closes a block starts the next one while others still edit theirs,
+and finished rows leave the batch. Who is written and who is revised is for the rules of `EditSettings` to say.
+Entry points: `edit_decode`, `Decoded`.
 """
 
 from dataclasses import dataclass
@@ -10,45 +11,11 @@ import torch
 from torch import Tensor
 
 from hildalib import HildaError, attention
-from hildalib.decoding import rules
+from hildalib.decoding import rules, shadow
 from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.settings import EditSettings
 from hildalib.decoding.trace import Recorder, Trace
 from hildalib.layout import selected_rows
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """Choices of a decode. tau_mask, tau_edit: thresholds (probabilities); tau_mask > 1 writes one token a forward,
-    tau_edit >= 1 never edits, tau_edit = 0 edits on every change of mind. max_post_steps: forwards a block may spend after
-    its last mask is gone. block_size None: the model's own. minimum: masks filled when none passes tau_mask. look_back:
-    closed blocks that are re-read, with the block that follows in view, and edited once more (multi-block editing; the
-    published description has no algorithm, this form is ours). stop_at_eos: nothing after the first EOS is decoded."""
-
-    tau_mask: float = 0.7
-    tau_edit: float = 0.5
-    block_size: int | None = None
-    max_post_steps: int = 16  # LLaDA2.1 model cards
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    minimum: int = 1
-    look_back: int = 0
-    stop_at_eos: bool = True
-
-    def __post_init__(self):
-        for name in ("tau_mask", "tau_edit", "temperature"):
-            if not getattr(self, name) >= 0:
-                raise HildaError(f"{name} = {getattr(self, name)} must be 0 or more (thresholds are probabilities)")
-        for name, low in (("max_new_tokens", 1), ("minimum", 1), ("max_post_steps", 0), ("look_back", 0)):
-            if getattr(self, name) < low:
-                raise HildaError(f"{name} = {getattr(self, name)} must be at least {low}")
-        if self.block_size is not None and self.block_size < 1:
-            raise HildaError(f"block_size = {self.block_size} must be at least 1, or None for the model's own")
-
-
-PRESETS = {  # LLaDA2.1-mini and -flash model cards
-    "S": EditSettings(tau_mask=0.5, tau_edit=0.0),
-    "Q": EditSettings(tau_mask=0.7, tau_edit=0.5),
-}
 
 
 @dataclass(frozen=True)
@@ -83,6 +50,7 @@ class _Decode:
         if not record:
             raise HildaError("this model has no `hilda` record in its config: load it with hildalib.backbones.load, or convert it first (notebook 02)")
         self.model, self.settings, self.generator = model, settings, generator
+        self.commit, self.revise = settings.commit_rule, settings.revision_rule
         self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
         self.size = size = settings.block_size or record["block_size"]
         if not size:
@@ -104,7 +72,10 @@ class _Decode:
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
         self.live = torch.arange(batch, device=device)  # cache row -> batch row
         self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
-        self.cache = BlockCache(slots)
+        self.cache = BlockCache(slots + (3 * size if self.revise.shadow else 0))
+        self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
+        self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
+        self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, (B, ...) each
         self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
 
     def _forward(self, positions: Tensor, columns: Tensor | None = None, horizon: Tensor | None = None) -> Tensor:
@@ -113,18 +84,37 @@ class _Decode:
         columns (b, n): the columns of Q that need logits, default all. horizon (b,): where attention ends for all of them
         (look-back); default: the end of each position's own block.
         """
-        cache = self.cache.at(positions)
-        mask = attention.window(positions, cache.used, self.size)
+        used = self.cache.at(positions).used
+        mask = attention.window(positions, used, self.size)
         if horizon is not None:
-            mask = (torch.arange(cache.used, device=positions.device) < horizon[:, None, None])[:, None].expand_as(mask)
+            mask = (torch.arange(used, device=positions.device) < horizon[:, None, None])[:, None].expand_as(mask)
+        return self._feed(self.canvas[self.live].gather(1, positions), positions, mask, columns)
+
+    def _feed(self, ids: Tensor, positions: Tensor, mask: Tensor, columns: Tensor | None) -> Tensor:
+        """`_forward` for any ids (b, Q) and mask; the cache knows the slots."""
         index = torch.arange(positions.numel(), device=positions.device).view_as(positions)
         index = index if columns is None else index.gather(1, columns)
         with selected_rows(self.model, index.flatten()):
-            logits = self.model(input_ids=self.canvas[self.live].gather(1, positions), attention_mask=mask, position_ids=positions,
-                                past_key_values=cache, use_cache=True).logits
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
         logits = logits.view(*index.shape, -1)
         logits[..., self.mask_id] = -torch.inf
         return logits
+
+    def _forward_with_shadow(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`_forward`, and the logits (b, K, V) of each position of the first block with its own token hidden; one forward."""
+        size, start = self.size, positions[:, :1]
+        own = self.canvas[self.live].gather(1, positions)
+        ids, places = shadow.rows(own[:, :size], start, self.mask_id, self.shift)
+        first = 2 * size  # its keys go behind the block that may be read ahead, where no other row looks
+        used = self.cache.at(torch.cat([positions, start + first + torch.arange(ids.shape[1], device=start.device)], 1)).used
+        mask = torch.cat([attention.window(positions, used, size), shadow.window(start, size, used, first, self.shift, self.revise.isolated)], 2)
+        columns = torch.arange(positions.shape[1] + ids.shape[1], device=start.device)
+        columns = torch.cat([columns[:positions.shape[1]], columns[self.shift - size:]]).expand(len(ids), -1)  # the last rows predict
+        logits = self._feed(torch.cat([own, ids], 1), torch.cat([positions, places], 1), mask, columns)
+        own, hidden = logits[:, :positions.shape[1]], logits[:, positions.shape[1]:]
+        if self.shift:
+            hidden = torch.cat([own[:, :1] if self.carry is None else self.carry[:, None], hidden], 1)
+        return own, hidden
 
     def _count(self, rows: Tensor, positions: Tensor | int) -> None:
         """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
@@ -141,8 +131,9 @@ class _Decode:
         first = logits[:, :1] if before is None else before[:, None]  # nothing before block 0, whose first token is prompt
         return torch.cat([first, logits[:, :-1]], 1)
 
-    def _read(self, ahead: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of each row's block (b, K, V), and of the block after it where any row looks `ahead` (b,) bool.
+    def _read(self, ahead: Tensor, shadowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of each row's block (b, K, V), of the block after it where any row looks `ahead` (b,) bool, and of its
+        shadow where any is `shadowed` (b,) bool.
 
         The first forward takes the whole prompt blocks along. A block that has no masks left is confirmed and committed by
         the forward in which the next one takes its first step: block-causal attention makes both exact.
@@ -153,34 +144,51 @@ class _Decode:
             logits = self._forward(self._positions(torch.zeros_like(start), int(start.max()) + self.size), columns)
             self._count(live, start + self.size)
             self.carry = logits[:, 0]
-            return logits[:, 1:], None
-        logits = self._forward(self._positions(start, self.size * (2 if ahead.any() else 1)))
-        self._count(live, self.size + self.size * ahead.long())
-        return logits[:, :self.size], logits[:, self.size:] if ahead.any() else None
+            return logits[:, 1:], None, None
+        positions = self._positions(start, self.size * (2 if ahead.any() else 1))
+        logits, hidden = self._forward_with_shadow(positions) if shadowed.any() else (self._forward(positions), None)
+        self._count(live, self.size * (1 + ahead.long()) + shadowed.long() * shadow.count(self.size, self.shift))
+        return logits[:, :self.size], logits[:, self.size:] if ahead.any() else None, hidden
 
-    def _write(self, live: Tensor, logits: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
-        """Fill and edit the current blocks of rows `live` by aligned logits (b, K, V); frozen (b,) bool: write nothing.
-        Returns (no mask is left, something was edited), each (b,) bool."""
-        settings, positions = self.settings, self._positions(self.start[live], self.size)
-        tokens, confidence = rules.choose(logits, settings.temperature, self.generator)
-        current = self.canvas[live].gather(1, positions)
-        masked, free = current == self.mask_id, positions >= self.lengths[live][:, None]
-        filled = rules.fill(confidence, masked, settings.tau_mask, settings.minimum) & ~frozen[:, None]
-        edited = rules.edit(tokens, confidence, current, free & ~masked, settings.tau_edit) & ~frozen[:, None]
-        self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(filled | edited, tokens, current))
+    def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
+        """What the rules see of the current blocks of rows `live`, and their positions (b, K)."""
+        positions = self._positions(self.start[live], self.size)
+        current, history = self.canvas[live].gather(1, positions), self.snapshot[live]
+        hidden = (current == self.mask_id) & ~frozen[:, None]
+        visible = (current != self.mask_id) & (positions >= self.lengths[live][:, None]) & ~frozen[:, None]
+        return rules.Block(
+            logits=logits, current=current, hidden=hidden, masked=rules.leftmost(hidden, self.settings.sub_block), visible=visible,
+            spent=self.remasks[live].gather(1, positions) >= self.settings.max_remasks, history=history, snapshot=history.gather(1, positions),
+            memory={name: value[live] for name, value in self.memory.items()}, shadow=hidden_logits,
+            temperature=self.settings.temperature, generator=self.generator), positions
+
+    def _write(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Fill and revise the current blocks of rows `live` by aligned logits (b, K, V); frozen (b,) bool: write nothing.
+        Returns (no mask is left, something was revised), each (b,) bool."""
+        block, positions = self._block(live, logits, frozen, hidden_logits)
+        ids, filled, revised = rules.advance(block, self.commit, self.revise, self.mask_id)
+        self.canvas[live] = self.canvas[live].scatter(1, positions, ids)
+        self.snapshot[live] = block.history.scatter(1, positions, block.snapshot)
+        if self.revise.remasks:
+            self.remasks[live] = self.remasks[live].scatter_add(1, positions, revised.long())
+        for name, value in block.memory.items():
+            self.memory.setdefault(name, value.new_zeros(len(self.canvas), *value.shape[1:]))[live] = value
         if self.recorder:
-            self.recorder.write(live, positions, filled, edited, confidence)
-        return ~(masked & ~filled).any(-1), edited.any(-1)
+            self.recorder.write(live, positions, filled, revised, block.confidence, block.tokens, self.revise.remasks)
+        return (ids != self.mask_id).all(-1), revised.any(-1)
 
     def step(self) -> None:
         """One forward of every live row: fill and edit its block; where the block was done, begin the next one too."""
         live, settings = self.live, self.settings
         end = self.start[live] + self.size
-        had_masks = (self.canvas[live].gather(1, self._positions(self.start[live], self.size)) == self.mask_id).any(-1)
+        positions = self._positions(self.start[live], self.size)
+        masked = self.canvas[live].gather(1, positions) == self.mask_id
+        had_masks = masked.any(-1)
+        shadowed = had_masks & (~masked & (positions >= self.lengths[live][:, None])).any(-1) & self.revise.shadow
         ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
-        raw, following = self._read(ahead)
+        raw, following, hidden_logits = self._read(ahead, shadowed)
         spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
-        full, edited = self._write(live, self._align(raw, self.carry), spent)
+        full, edited = self._write(live, self._align(raw, self.carry), spent, hidden_logits)
         self.post[live] += full.long()
         stable = ~had_masks & ~edited  # the forward saw the block's final tokens: its keys are the commit
         if self.carry is None or self.shift:
@@ -196,8 +204,8 @@ class _Decode:
         self._drop_finished()
 
     def _post_limit(self) -> int:
-        """Without edits a confirming forward changes nothing."""
-        return 0 if self.settings.tau_edit >= 1 else self.settings.max_post_steps
+        """Where no full block is revised a confirming forward changes nothing."""
+        return self.settings.max_post_steps if self.revise.confirms else 0
 
     def _exhaust(self, rows: Tensor) -> None:
         """`rows` may spend no more forwards on their block: the next one only commits it, unless it is the last."""
@@ -220,6 +228,8 @@ class _Decode:
             self._look_back(moving)
         self.start[live[moving]] = end[moving]
         self.post[live[moving]] = 0
+        for value in self.memory.values():
+            value[live[moving]] = 0
         return moving
 
     def _drop_finished(self) -> None:
@@ -257,8 +267,10 @@ class _Decode:
         reach &= (positions > start[:, None]) if self.shift else True
         edited = rules.edit(tokens, confidence, current, reach, self.settings.tau_edit)
         self.canvas[live] = self.canvas[live].scatter(1, positions, torch.where(edited, tokens, current))
+        history = self.snapshot[live]
+        self.snapshot[live] = history.scatter(1, positions, torch.where(edited, confidence, history.gather(1, positions)))
         if self.recorder:
-            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence)
+            self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence, tokens)
             self.recorder.snap(self.canvas, self.forwards)
         raw = self._forward(positions)
         self._count(live[closing], span)
@@ -272,7 +284,7 @@ class _Decode:
 @torch.inference_mode()
 def edit_decode(model, prompt_ids: Tensor, settings: EditSettings, *, attention_mask: Tensor | None = None,
                 generator: torch.Generator | None = None, trace: bool = False) -> Decoded:
-    """Block-diffusion decoding with two thresholds; exactly LLaDA2.1's loop for a batch of one.
+    """Block-diffusion decoding; with the default rules, two thresholds, exactly LLaDA2.1's loop for a batch of one.
 
     prompt_ids (B, P) long, left-padded with attention_mask (B, P) (1 = real) where lengths differ. In each block, from
     position prompt_length // K * K on: one forward; masked positions more confident than tau_mask are filled (at least

@@ -1,0 +1,258 @@
+"""How likely a completion is under a block-diffusion model: estimators, exact values for small blocks, and the audit.
+
+An estimator is a choice of `States`: noisy canvases, the tokens scored on each, and weights. One forward in the layout
+[noisy copies | clean] scores all blocks of all states (`token_logp`). Entry points: `mean_field`, `elbo_states`, `trajectory`,
+`denoising` (each Rollout -> States), `token_logp`, `exact` (enumeration), `audit`.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hildalib import HildaError
+from hildalib.layout import Layout, target_logits
+from hildalib.rl.rollout import Rollout
+
+SCHEMES = ("random", "stratified", "coupled", "balanced")
+
+
+@dataclass(frozen=True)
+class States:
+    """C noisy copies of B rows over one clean copy: x0, docs (B, L) as in `Rollout`; noisy, labels (B, C, L) long; weight
+    (B, C, L) float, 0 = not scored. The log-likelihood that they stand for is the sum of weight * log p(labels | noisy), where a
+    noisy block sees its own copy's block and the clean blocks before it. Comparing two policies means the same States for both:
+    a ratio under different masks is noise. temperature: of the softmax (1 but for trajectories, whose actions were sampled)."""
+
+    x0: Tensor
+    docs: Tensor
+    noisy: Tensor
+    labels: Tensor
+    weight: Tensor
+    block_size: int
+    temperature: float = 1.0
+
+    def take(self, rows: Tensor | slice) -> "States":
+        """The rows at `rows`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if torch.is_tensor(value)})
+
+    @property
+    def positions(self) -> int:
+        """Positions that one forward of all rows feeds."""
+        copies = 0 if self.block_size == 1 else self.noisy.shape[1]
+        return self.x0.numel() * (copies + (self.block_size < self.x0.shape[1]))
+
+
+def token_logp(model, states: States) -> tuple[Tensor, Tensor]:
+    """(log p(labels), entropy of the prediction), each (B, C, L) nats on the model's device, 0 where nothing is scored.
+
+    One forward; [MASK] is barred as in decoding. The entropy carries no gradient.
+    """
+    device = next(model.parameters()).device
+    x0, docs, noisy, labels, weight = (value.to(device) for value in (states.x0, states.docs, states.noisy, states.labels, states.weight))
+    targets = weight != 0
+    layout = Layout.build(x0, noisy, docs, states.block_size, model.config.hilda["label_shift"])
+    logp = (target_logits(model, layout, targets) / states.temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    blank = torch.zeros(targets.shape, device=device)
+    return blank.masked_scatter(targets, logp.gather(-1, labels[targets][:, None])), blank.masked_scatter(targets, entropy)
+
+
+def _states(rollout: Rollout, noisy: Tensor, weight: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> States:
+    labels = rollout.x0[:, None].expand_as(noisy) if labels is None else labels
+    return States(rollout.x0, rollout.docs, noisy, labels, weight.float(), rollout.block_size, temperature)
+
+
+def _noised(rollout: Rollout, masked: Tensor) -> Tensor:
+    """(B, C, L): x0 with masked (B, C, L) hidden, and with it the tail after the completion, which would tell its length."""
+    tail = rollout.written & ~rollout.scored
+    return rollout.x0[:, None].expand_as(masked).masked_fill(masked | tail[:, None], rollout.mask_token_id)
+
+
+def mean_field(rollout: Rollout) -> States:
+    """Every token of a block from nothing but the blocks before it: one copy (d1, arXiv 2504.12216, section 3, there with the whole
+    completion masked and 15 % of the prompt too; a model that has always seen its context clean gets it clean here). Biased: it
+    scores a single forward that would fill the whole block. At block size 1 it is the AR log-likelihood, exactly."""
+    return _states(rollout, _noised(rollout, rollout.scored[:, None]), rollout.scored[:, None])
+
+
+def _uniform(shape: tuple[int, int, int], stratify: bool, generator: torch.Generator | None) -> Tensor:
+    """(B, C, blocks) uniform in [0, 1); stratified: one draw in each of the C * blocks equal slices of a row, in random order."""
+    u = torch.rand(shape, generator=generator)
+    if not stratify:
+        return u
+    count = shape[1] * shape[2]
+    slices = torch.rand(shape[0], count, generator=generator).argsort(1)
+    return (slices.view(shape) + u) / count
+
+
+def _per_position(values: Tensor, size: int) -> Tensor:
+    return values.repeat_interleave(size, -1)
+
+
+def _block_sum(values: Tensor, size: int) -> Tensor:
+    """(..., L) -> (..., L // K)."""
+    return values.unflatten(-1, (-1, size)).sum(-1)
+
+
+def elbo_states(rollout: Rollout, samples: int = 2, scheme: str = "balanced", generator: torch.Generator | None = None) -> States:
+    """`samples` copies whose weighted sum estimates the block ELBO without bias (LLaDA, arXiv 2502.09992, Eq. 6 a block).
+
+    Of a block's n scored tokens a random subset of m is masked. "random": m uniform in 1..n, weight n/m. "stratified": the same,
+    m spread evenly over a row's copies and blocks (as BD3-LM spreads its rates). "coupled": pairs of a mask with m uniform in
+    0..n and its complement, weights (n+1)/m and (n+1)/(n-m), each halved (ESPO, arXiv 2512.03759, its published code). Where m is
+    0 or n only half of the weight is there: rare in ESPO's 256 tokens, not in a block of 8. "balanced" (ours): pairs with m
+    uniform in 1..n, weights n/m and n/(n-m), each halved, and 1 where m = n; the weights of a pair always sum to n. In both
+    pairs every token is scored once and m is spread like "stratified". Raises HildaError on another scheme, or an odd number of
+    samples where they come in pairs.
+    """
+    paired, coupled = scheme in ("coupled", "balanced"), scheme == "coupled"
+    if scheme not in SCHEMES or samples < 1 or (paired and samples % 2):
+        raise HildaError(f"scheme {scheme!r} with {samples} samples: use one of {', '.join(SCHEMES)}, and an even number of samples for pairs")
+    size, scored = rollout.block_size, rollout.scored
+    draws, n = samples // (1 + paired), _block_sum(scored, size)[:, None]
+    u = _uniform((len(scored), draws, n.shape[-1]), scheme != "random", generator)
+    count = torch.minimum((u * (n + coupled)).floor(), n - 1.0 + coupled) + (not coupled)  # u * n may round up to n
+    order = torch.rand(len(scored), draws, scored.shape[1], generator=generator).masked_fill(~scored[:, None], 2.0)  # 2: after all others
+    rank = order.unflatten(-1, (-1, size)).argsort(-1).argsort(-1).flatten(-2)
+    masked = scored[:, None] & (rank < _per_position(count, size))
+    share = torch.full_like(count, 1.0 / samples)
+    if paired:
+        share = share * (1.0 if coupled else 1.0 + (count == n))
+        masked, count, share = torch.cat([masked, scored[:, None] & ~masked], 1), torch.cat([count, n - count], 1), torch.cat([share, share], 1)
+    return _states(rollout, _noised(rollout, masked), _per_position((n + coupled) / count.clamp(min=1) * share, size) * masked)
+
+
+def _picked(rounds: Tensor, samples: int | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Which rounds to score, (B, C', L // K) indices with weights: all, or `samples` of each block's rounds (B, L // K), drawn
+    with one random offset and equal steps (systematic sampling; AGRPO's low-discrepancy draw) and weighted back to all."""
+    most = max(int(rounds.max()), 1)
+    if samples is None or samples >= most:
+        index = torch.arange(most)[None, :, None].expand(len(rounds), -1, rounds.shape[1])
+        return index, (index < rounds[:, None]).float()
+    u = (torch.arange(samples)[None, :, None] + torch.rand(len(rounds), 1, rounds.shape[1], generator=generator)) / samples
+    index = torch.minimum((u * rounds[:, None]).long(), (rounds[:, None] - 1).clamp(min=0))
+    return index, (rounds / samples)[:, None].expand_as(index) * (rounds[:, None] > 0)
+
+
+def _gathered(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """(B, C, L) at rounds index (B, C', L // K) -> (B, C', L)."""
+    return values.gather(1, _per_position(index, size))
+
+
+def trajectory(rollout: Rollout, *, edits: bool, samples: int | None = None, generator: torch.Generator | None = None) -> States:
+    """The choices of the decoder, each at the state in which it was made, under the temperature of the rollout.
+
+    edits=False: a token is credited once, where it was written last; the state is x0 with all tokens of the same or later step
+    masked (AGRPO, arXiv 2510.04019; TraceRL, arXiv 2509.06949). edits=True: every write is an action, a T2T edit as well as a
+    fill that an edit later undid, at the canvas that the decoder really read; how LLaDA2.1 does this is unpublished, the form is
+    ours. Without edits in the rollout both are the same. The choice *where* to write is not scored in either: it follows from
+    confidences by thresholds. samples: rounds of each block that are scored, weighted to stand for all; None = all.
+    """
+    size = rollout.block_size
+    if edits:
+        noisy, scored, labels = rollout.noisy, rollout.wrote, rollout.predicted
+    else:
+        blocks = rollout.step_map.unflatten(-1, (-1, size))
+        later = (blocks[..., None] > blocks[..., None, :]) & (blocks[..., None, :] > 0)  # which of its block were final before it
+        first = torch.ones(size, size, dtype=torch.bool).tril(-1)
+        leads = (blocks > 0) & ~((blocks[..., None] == blocks[..., None, :]) & first).any(-1)  # one token for each distinct step
+        rank = (later & leads[..., None, :]).sum(-1).flatten(-2)
+        copies = torch.arange(int(rank.max()) + 1)[:, None]
+        written = rollout.written[:, None]
+        noisy = rollout.x0[:, None].masked_fill(written & (rank[:, None] >= copies), rollout.mask_token_id)
+        scored, labels = written & (rank[:, None] == copies), rollout.x0[:, None].expand_as(noisy)
+    rounds = (_block_sum(scored, size) > 0).sum(1)
+    index, weight = _picked(rounds, samples, generator)
+    index = index.clamp(max=noisy.shape[1] - 1)
+    noisy, scored, labels = (_gathered(value, index, size) for value in (noisy, scored, labels))
+    return _states(rollout, noisy, _per_position(weight, size) * scored, labels, rollout.temperature or 1.0)
+
+
+def denoising(rollout: Rollout, eos: list[int], samples: int | None = None, generator: torch.Generator | None = None) -> States:
+    """The whole prediction of a block at each state that its decoding went through (wd1++, arXiv 2507.08838, section 3.3).
+
+    Scored at round l: the tokens chosen for all masks, up to the first EOS of the prediction, with weight n/m for m masks in n
+    decoded positions. The paper's factor is T/l with a direction that its text leaves open; as the ELBO's 1/t it is this one.
+    samples: rounds of each block, as in `trajectory`.
+    """
+    size, written = rollout.block_size, rollout.written[:, None]
+    masked = (rollout.noisy == rollout.mask_token_id) & written & _per_position(_block_sum(rollout.wrote, size) > 0, size)
+    rounds = (_block_sum(masked, size) > 0).sum(1)  # rounds that filled come before those that only edit
+    index, weight = _picked(rounds, samples, generator)
+    noisy, masked, labels = (_gathered(value, index, size) for value in (rollout.noisy, masked, rollout.predicted))
+    ended = (torch.isin(labels, torch.tensor(eos)) & written).unflatten(-1, (-1, size)).long()
+    before = (ended.cumsum(-1) - ended == 0).flatten(-2)
+    inside = torch.arange(labels.shape[-1]) < (rollout.prompt_length + rollout.ids.shape[1])[:, None]
+    rate = _block_sum(written, size) / _block_sum(masked, size).clamp(min=1)
+    return _states(rollout, noisy, _per_position(weight * rate, size) * (masked & before & inside[:, None]), labels)
+
+
+@torch.no_grad()
+def exact(model, rollout: Rollout, copies: int = 16) -> tuple[Tensor, Tensor]:
+    """(block ELBO, log-likelihood), each (B,) nats, by enumerating all 2^n - 1 masks of a block of n scored tokens.
+
+    Both are of the completion given the prompt when a block's tokens come one at a time in a uniformly random order: the ELBO is
+    the mean over orders of the log-probability, the log-likelihood the log of the mean probability. copies: masks a forward.
+    Raises HildaError above block size 10 (a thousand masks).
+    """
+    size, scored = rollout.block_size, rollout.scored
+    if size > 10:
+        raise HildaError(f"block size {size}: exact enumeration is for at most 10 positions a block (2^K masks)")
+    rank = (scored.unflatten(-1, (-1, size)).cumsum(-1) - 1).flatten(-2)
+    patterns = torch.arange(1, 2**size)
+    table = []
+    for part in patterns.split(copies):
+        masked = scored[:, None] & (part[None, :, None] >> rank[:, None].clamp(min=0) & 1).bool()
+        table.append(token_logp(model, _states(rollout, _noised(rollout, masked), masked))[0].cpu())
+    table = torch.cat(table, 1).double()  # (B, 2^K - 1, L)
+    n = _block_sum(scored, size)
+    inside = patterns[None, :, None] < 2 ** n[:, None]  # (B, 2^K - 1, L // K); the others repeat a smaller mask
+    m = torch.tensor([bin(p).count("1") for p in patterns.tolist()])[None, :, None]
+    weight = ((m.double()).lgamma() + (n[:, None] - m + 1).clamp(min=1).double().lgamma() - (n[:, None] + 1).double().lgamma()).exp()
+    elbo = (_block_sum(table, size) * weight * inside).sum((1, 2))
+    return elbo, _random_order(table, rank, scored, n, size)
+
+
+def _random_order(table: Tensor, rank: Tensor, scored: Tensor, n: Tensor, size: int) -> Tensor:
+    """(B,) log-likelihood from table (B, 2^K - 1, L): g(mask) = mean over its tokens i of p(i | rest) g(mask without i)."""
+    by_rank = torch.full((len(table), table.shape[1], n.shape[1], size), -torch.inf, dtype=table.dtype)
+    row, position = scored.nonzero().T
+    by_rank[row, :, position // size, rank[row, position]] = table[row, :, position]
+    g = {0: torch.zeros(n.shape, dtype=table.dtype)}
+    for mask in range(1, 2**size):
+        bits = [i for i in range(size) if mask >> i & 1]
+        options = torch.stack([by_rank[:, mask - 1, :, i] + g[mask ^ 1 << i] for i in bits])
+        g[mask] = options.logsumexp(0) - math.log(len(bits))
+    whole = torch.stack([g[2**i - 1] for i in range(size + 1)])  # (K + 1, B, L // K)
+    return whole.gather(0, n[None])[0].sum(1)
+
+
+@torch.no_grad()
+def audit(model, rollout: Rollout, samples: tuple[int, ...] = (2, 4, 8), draws: int = 50, generator: torch.Generator | None = None) -> pd.DataFrame:
+    """Estimators against enumeration: one row an estimator and number of noisy copies, averaged over the rows of the rollout.
+
+    Columns in nats: elbo_error and likelihood_error, the mean estimate less the exact ELBO or log-likelihood; noise, the
+    standard error of that mean over the draws; std, of one estimate. copies: noisy copies a row in the one forward, the cost.
+    """
+    elbo, likelihood = exact(model, rollout)
+
+    def row(name: str, build, count: int) -> dict:
+        def estimate() -> Tensor:
+            states = build()
+            return (token_logp(model, states)[0].cpu() * states.weight).sum((1, 2)).double()
+        found = torch.stack([estimate() for _ in range(count)])  # (draws, B)
+        std = found.std(0, correction=int(count > 1))
+        return {"estimator": name, "copies": build().noisy.shape[1], "elbo_error": (found.mean(0) - elbo).mean().item(),
+                "likelihood_error": (found.mean(0) - likelihood).mean().item(), "std": std.mean().item(),
+                "noise": (std.square().mean() / count / len(elbo)).sqrt().item()}
+
+    rows = [row("mean field", lambda: mean_field(rollout), 1)]
+    for scheme in SCHEMES:
+        rows += [row(scheme, lambda: elbo_states(rollout, count, scheme, generator), draws) for count in samples]
+    return pd.DataFrame(rows)
