@@ -2,8 +2,8 @@
 
 True = the query (second to last axis) may attend to the key (last axis). Dense masks are (B or 1, 1, Q, KV) bool, the
 form SDPA takes; eager attention would silently add a bool mask to the scores, so models are loaded with SDPA.
-Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` (cached decoding), and
-`tiles`, which leaves out of a dense mask the parts that no query of a stretch may see (TILED, an attention of Transformers).
+Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` and `spans` (cached decoding),
+and `tiles`, which leaves out of a dense mask the parts that no query of a stretch may see (TILED, an attention of Transformers).
 """
 
 from functools import lru_cache
@@ -41,18 +41,19 @@ def _block_causal(length: int, block_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _noisy_clean(length: int, block_size: int, copies: int) -> Tensor:
+def _noisy_clean(length: int, block_size: int, copies: int, causal_context: bool) -> Tensor:
     index = torch.arange((copies + 1) * length)
-    part, block = index // length, index % length // block_size
-    return _layout_rule(part[:, None], part[None, :], block[:, None], block[None, :], copies)
+    return _layout_rule(index[:, None], index[None, :], length, block_size, copies, causal_context)
 
 
-def _layout_rule(part_q, part_k, block_q, block_k, copies: int):
-    """The block-diffusion rule (LLaDA2.0 Eq. 3; BD3-LM): parts 0..copies-1 are noisy, part `copies` is clean."""
+def _layout_rule(q, k, length: int, block_size: int, copies: int, causal_context: bool):
+    """The block-diffusion rule (LLaDA2.0 Eq. 3; BD3-LM) for rows q and keys k: parts 0..copies-1 are noisy, part `copies` is clean."""
+    part_q, part_k, at_q, at_k = q // length, k // length, q % length, k % length
+    block_q, block_k = at_q // block_size, at_k // block_size
     clean_q, clean_k = part_q == copies, part_k == copies
     own_block = ~clean_q & (part_q == part_k) & (block_q == block_k)
     past_clean = ~clean_q & clean_k & (block_q > block_k)
-    return own_block | past_clean | (clean_q & clean_k & (block_q >= block_k))
+    return own_block | past_clean | (clean_q & clean_k & (at_q >= at_k if causal_context else block_q >= block_k))
 
 
 def block_causal(length: int, block_size: int, doc_ids: Tensor | None = None) -> Tensor:
@@ -69,32 +70,33 @@ def block_causal(length: int, block_size: int, doc_ids: Tensor | None = None) ->
     return _documents(_block_causal(length, block_size), doc_ids, 1)
 
 
-def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1) -> Tensor:
+def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False) -> Tensor:
     """Mask of the layout [xt_1 | .. | xt_copies | x0], all parts at the same positions 0..L-1.
 
     A noisy row sees its own block of its own copy and the clean blocks strictly before it; a clean row sees clean
     blocks up to its own (LLaDA2.0 Eq. 3). Several noisy copies share one clean copy, so C copies cost (C + 1) L
-    rows and not 2 C L. Returns (1 or B, 1, (C+1)L, (C+1)L) bool, True = may attend; no row is ever empty.
-    For L = 4, K = 2, C = 1:
+    rows and not 2 C L. causal_context: a clean row sees clean rows up to its own instead, so the clean half is the AR model
+    that the dLLM comes from (the form is ours). Returns (1 or B, 1, (C+1)L, (C+1)L) bool, True = may attend; no row is
+    ever empty. For L = 4, K = 2, C = 1, without and with causal_context:
 
-        # # . . | . . . .
-        # # . . | . . . .
-        . . # # | # # . .
-        . . # # | # # . .
-        --------+--------
-        . . . . | # # . .
-        . . . . | # # . .
-        . . . . | # # # #
-        . . . . | # # # #
+        # # . . | . . . .        # # . . | . . . .
+        # # . . | . . . .        # # . . | . . . .
+        . . # # | # # . .        . . # # | # # . .
+        . . # # | # # . .        . . # # | # # . .
+        --------+--------        --------+--------
+        . . . . | # # . .        . . . . | # . . .
+        . . . . | # # . .        . . . . | # # . .
+        . . . . | # # # #        . . . . | # # # .
+        . . . . | # # # #        . . . . | # # # #
     """
-    return _documents(_noisy_clean(length, block_size, copies), doc_ids, copies + 1)
+    return _documents(_noisy_clean(length, block_size, copies, causal_context), doc_ids, copies + 1)
 
 
-def noisy_clean_mod(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1):
+def noisy_clean_mod(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False):
     """The same rule as a FlexAttention `mask_mod(b, h, q, kv)`, for `create_block_mask` on a GPU."""
 
     def mask_mod(b, h, q, kv):
-        rule = _layout_rule(q // length, kv // length, q % length // block_size, kv % length // block_size, copies)
+        rule = _layout_rule(q, kv, length, block_size, copies, causal_context)
         return rule if doc_ids is None else rule & (doc_ids[b, q % length] == doc_ids[b, kv % length])
 
     return mask_mod
@@ -110,15 +112,29 @@ def window(positions: Tensor, slots: int, block_size: int) -> Tensor:
     return (torch.arange(slots, device=positions.device) < ends[:, :, None])[:, None]
 
 
+def spans(start: Tensor, slots: int, *seen: tuple[Tensor | int, Tensor | int]) -> Tensor:
+    """Mask of a cached forward in which a row's open block may stand in several versions behind its committed slots.
+
+    start (b,): the first slot that is not committed; seen: [first, end) of further slots, counted from start, each a number or
+    (b, Q). Returns (b, 1, Q or 1, slots) bool, True = may attend: all committed slots and these.
+    """
+    offset = (torch.arange(slots, device=start.device) - start[:, None])[:, None]  # (b, 1, slots)
+    inside = offset < 0
+    for span in seen:
+        first, end = (value[..., None] if torch.is_tensor(value) else value for value in span)
+        inside = inside | ((offset >= first) & (offset < end))
+    return inside[:, None]
+
+
 @lru_cache(maxsize=64)
-def _tile_plan(length: int, block_size: int, copies: int) -> list[tuple[slice, Tensor]]:
-    base = _noisy_clean(length, block_size, copies) if copies else _block_causal(length, block_size)
+def _tile_plan(length: int, block_size: int, copies: int, causal_context: bool) -> list[tuple[slice, Tensor]]:
+    base = _noisy_clean(length, block_size, copies, causal_context) if copies else _block_causal(length, block_size)
     starts = [part * length + at for part in range(copies + 1) for at in range(0, length, TILE)]
     rows = [slice(start, start + min(TILE, length - start % length)) for start in starts]
     return [(row, base[row].any(0).nonzero()[:, 0]) for row in rows]
 
 
-def tiles(mask: Tensor, length: int, block_size: int, copies: int) -> list[tuple[slice, Tensor, Tensor]] | None:
+def tiles(mask: Tensor, length: int, block_size: int, copies: int, causal_context: bool = False) -> list[tuple[slice, Tensor, Tensor]] | None:
     """`mask` in stretches of at most TILE queries, each with the keys that any of them may see: (rows, keys (n,), mask part).
 
     mask: what `noisy_clean` (or, copies = 0, `block_causal`) gave for these arguments. None where tiles would not pay. With C
@@ -127,7 +143,7 @@ def tiles(mask: Tensor, length: int, block_size: int, copies: int) -> list[tuple
     """
     if length < 2 * TILE:
         return None
-    plan = [(rows, keys.to(mask.device)) for rows, keys in _tile_plan(length, block_size, copies)]
+    plan = [(rows, keys.to(mask.device)) for rows, keys in _tile_plan(length, block_size, copies, causal_context)]
     return [(rows, keys, mask[:, :, rows][..., keys]) for rows, keys in plan]
 
 

@@ -172,7 +172,7 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
     if fresh:
         real = torch.tensor(sorted(i for i in before if i < rows))
         _set_mask_row(model, mask, real, range(rows, needed))
-    model.config.hilda = {"block_size": None, "label_shift": True, "stage": "ar", "parent": name, **known, "mask_token_id": mask}
+    model.config.hilda = {"block_size": None, "label_shift": True, "causal_context": False, "stage": "ar", "parent": name, **known, "mask_token_id": mask}
     _guard_window(model)
 
 

@@ -40,13 +40,14 @@ class Layout:
     mask: Tensor
     positions: Tensor
     source: Tensor = field(repr=False)  # (C, L)
+    clean: int | None = None  # first row of the clean half, where there is one beside noisy copies
     tiles: list | None = field(default=None, repr=False)  # of `attention.tiles`
 
     @classmethod
-    def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool) -> "Layout":
+    def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool, causal_context: bool = False) -> "Layout":
         """x0, docs (B, L); noisy (B, C, L). The clean half is dropped at block size L, the noisy one at shifted size 1."""
         batch, copies, length = noisy.shape
-        device = x0.device
+        device, clean = x0.device, None
         if block_size == 1 and label_shift:
             ids, mask = x0, attention.block_causal(length, 1, docs)
             source = source_rows(length, length, True, clean=False)[:1].expand(copies, -1)
@@ -55,11 +56,11 @@ class Layout:
             ids, mask = noisy.flatten(0, 1), attention.full(docs.repeat_interleave(copies, 0))
             source, parts, tiles = source_rows(length, length, label_shift, clean=False), 1, None
         else:
-            ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies)
-            source, parts = source_rows(length, block_size, label_shift, copies=copies), copies + 1
-            tiles = attention.tiles(mask, length, block_size, copies)
+            ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies, causal_context)
+            source, parts, clean = source_rows(length, block_size, label_shift, copies=copies), copies + 1, copies * length
+            tiles = attention.tiles(mask, length, block_size, copies, causal_context)
         positions = torch.arange(length, device=device).repeat(parts).expand(len(ids), -1)
-        return cls(ids, mask.to(device), positions, source.to(device), tiles)
+        return cls(ids, mask.to(device), positions, source.to(device), clean, tiles)
 
     def rows(self, targets: Tensor) -> Tensor:
         """(n,) flat hidden rows that predict the True positions of targets (B, C, L), in row-major order."""
@@ -71,11 +72,21 @@ class Layout:
             flat = flat.view(batch, copies, length)
         return flat[targets]
 
+    def context_rows(self, targets: Tensor) -> Tensor:
+        """(m,) flat hidden rows of the clean half that predict the True positions of targets (B, L) as an AR model does."""
+        row, position = targets.nonzero(as_tuple=True)
+        return row * self.ids.shape[1] + self.clean + position - 1
 
-def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-    """(n, V) float logits of the True positions of targets (B, C, L), row-major, with [MASK] barred from the output."""
+
+def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    """(n, V) float logits of the True positions of targets (B, C, L), row-major, with [MASK] barred from the output.
+
+    context (B, L) bool: after them the next-token logits (m, V) of its True positions, from the clean half.
+    """
+    rows = layout.rows(targets)
+    rows = rows if context is None else torch.cat([rows, layout.context_rows(context)])
     source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    with selected_rows(model, layout.rows(targets)):
+    with selected_rows(model, rows):
         logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False, tiles=layout.tiles).logits[0].float()
     plain = getattr(model, "module", model)
     logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
@@ -83,10 +94,16 @@ def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor 
 
 
 @torch.no_grad()
-def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bool, rates=CHECK_RATES, batch_size: int = 32,
-             seed: int = 0) -> dict[float, float]:
-    """{t: nats per masked token} on held-out rows, the same masks for every model of a vocabulary (seeded)."""
+def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bool | None = None, causal_context: bool | None = None,
+             rates=CHECK_RATES, batch_size: int = 32, seed: int = 0) -> dict[float, float]:
+    """{t: nats per masked token} on held-out rows, the same masks for every model of a vocabulary (seeded).
+
+    label_shift, causal_context: None takes what the model's `hilda` record says.
+    """
     model.eval()
+    record = model.config.hilda
+    label_shift = record["label_shift"] if label_shift is None else label_shift
+    causal_context = record.get("causal_context", False) if causal_context is None else causal_context
     out = {}
     for t in rates:
         total = count = 0.0
@@ -97,7 +114,7 @@ def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bo
                              mask_token_id=model.config.hilda["mask_token_id"], forbidden_ids=[])
             canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
             targets = noised.mask_targets.to(model.device)
-            logits = target_logits(model, Layout.build(*canvas, block_size, label_shift), targets[:, None])
+            logits = target_logits(model, Layout.build(*canvas, block_size, label_shift, causal_context), targets[:, None])
             total += F.cross_entropy(logits, x0.to(model.device)[targets], reduction="sum").item()
             count += noised.mask_targets.sum().item()
         out[t] = total / max(count, 1)

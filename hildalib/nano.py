@@ -54,6 +54,6 @@ def nano(hidden: int = 128, layers: int = 4, heads: int = 4, vocabulary: str | N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.config.hilda = {"mask_token_id": tokenizer.mask_token_id, "block_size": None, "label_shift": True, "stage": "ar",
+    model.config.hilda = {"mask_token_id": tokenizer.mask_token_id, "block_size": None, "label_shift": True, "causal_context": False, "stage": "ar",
                           "parent": "nano", "weights": f"random init, seed {seed}"}
     return model.eval(), tokenizer

@@ -122,7 +122,7 @@ def aligned_logits(model, x0: Tensor, noisy: Tensor, block_size: int, doc_ids: T
     """(B, L, V) aligned logits of a noisy canvas (B, L) beside its clean copy (B, L), [MASK] barred from the output."""
     batch, length = x0.shape
     record = model.config.hilda
-    mask = attention.noisy_clean(length, block_size, doc_ids).to(x0.device)
+    mask = attention.noisy_clean(length, block_size, doc_ids, causal_context=record.get("causal_context", False)).to(x0.device)
     positions = torch.arange(length, device=x0.device).repeat(2).expand(batch, -1)
     logits = model(input_ids=torch.cat([noisy, x0], 1), attention_mask=mask, position_ids=positions, use_cache=False).logits
     rows = source_rows(length, block_size, record["label_shift"])[0].to(x0.device)

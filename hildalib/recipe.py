@@ -25,6 +25,7 @@ class Recipe:
     edit_rate: share of visible tokens replaced at random (T2T). draft_share: share of rows whose masks are partly filled by
     the model's own argmax in `draft_turns` no-gradient turns. complementary: a second copy with the complement mask.
     ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
+    causal_context: the clean half attends causally, so that it stays an AR model; context_weight: weight of its next-token loss.
     mask_noise: std of the Gaussian noise on [MASK] embeddings, fading to 0 over mask_noise_steps.
     """
 
@@ -53,6 +54,8 @@ class Recipe:
     cap_weight: float = 0.0
     kl_weight: float = 0.0
     kl_top_k: int = 16
+    causal_context: bool = False
+    context_weight: float = 0.0
     mask_noise: float = 0.0
     mask_noise_steps: int = 0
     precision: str = "float32"  # or "bfloat16": autocast over float32 weights
@@ -67,6 +70,10 @@ class Recipe:
         if self.suffix_share and self.weighting != "mean":
             raise HildaError(f"suffix_share = {self.suffix_share} with weighting {self.weighting}: masks that are not drawn with probability t have no such "
                              "weight; set weighting to mean, or suffix_share to 0")
+
+        if self.context_weight and not self.causal_context:
+            raise HildaError(f"context_weight = {self.context_weight} trains next-token prediction where later tokens of the block are in sight; "
+                             "set causal_context to true, or context_weight to 0")
 
     @property
     def global_batch(self) -> int:
@@ -156,7 +163,7 @@ def arm(recipe: Recipe, name: str) -> Recipe:
     if name == "AR twin":
         steps = recipe.schedule.total_steps
         return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
-                       copies=1, cap_weight=0.0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
+                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
     if name not in ARMS:
         raise HildaError(f"arm {name!r} is unknown; use one of {', '.join(ARMS)}")
     changes = ARMS[name](recipe)
@@ -176,6 +183,9 @@ ARMS = {
     "complementary": lambda r: {"complementary": True},
     "suffix masks": lambda r: {"suffix_share": r.suffix_share or 0.5},
     "no keep": lambda r: {"keep_weight": 0.0},
+    "causal context": lambda r: {"causal_context": True, "context_weight": r.context_weight or 1.0},
+    "block-causal context": lambda r: {"causal_context": False, "context_weight": 0.0},
+    "no AR term": lambda r: {"context_weight": 0.0},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},
     "checkpoint merge": lambda r: {"merge_top_k": r.merge_top_k or 3},

@@ -56,6 +56,7 @@ class DiffusionTrainer(Trainer):
         for batch in samples:
             for name, count in target_counts(self._settled(batch), self.recipe.weighting).items():
                 counts[name] = counts.get(name, 0) + count.to(device)
+            counts["context"] = counts.get("context", 0) + self._context(batch).sum().to(device)
         if self.args.world_size > 1:
             counts = {name: self.accelerator.gather(count[None]).sum() for name, count in counts.items()}
         return samples, counts
@@ -65,6 +66,11 @@ class DiffusionTrainer(Trainer):
         """The noise with drafted positions already counted as edit targets; their ids come later."""
         noised = noised_of(batch)
         return own_drafts(noised, batch["fill"].flatten(0, 1), lambda noisy: noisy)
+
+    @staticmethod
+    def _context(batch: dict) -> Tensor:
+        """(B, L) bool, True = the clean half is to predict it as an AR model does."""
+        return predictable(batch["maskable"][:, 0], batch["doc_ids"], True)
 
     def _noisy_embeddings(self, model, layout: Layout, first: int) -> Tensor | None:
         """Embeddings with fading Gaussian noise on [MASK] at the start (LLaDA2.0 section 7.1); None once it is over.
@@ -92,7 +98,7 @@ class DiffusionTrainer(Trainer):
 
         def predict(noisy: Tensor) -> Tensor:
             canvas = noisy.view(batch_size, copies, length).clone()
-            layout = Layout.build(x0, canvas[rows], docs, batch["block_size"], self.recipe.label_shift)
+            layout = Layout.build(x0, canvas[rows], docs, batch["block_size"], self.recipe.label_shift, self.recipe.causal_context)
             drafted = canvas[rows]
             drafted[fill] = target_logits(model, layout, fill).argmax(-1)
             canvas[rows] = drafted
@@ -110,9 +116,12 @@ class DiffusionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         recipe, shape = self.recipe, inputs["noisy_ids"].shape
         noised = self._draft(model, inputs, noised_of(inputs)) if recipe.draft_share else noised_of(inputs)
-        layout = Layout.build(inputs["input_ids"], noised.noisy_ids.view(shape), inputs["doc_ids"], inputs["block_size"], recipe.label_shift)
+        layout = Layout.build(inputs["input_ids"], noised.noisy_ids.view(shape), inputs["doc_ids"], inputs["block_size"], recipe.label_shift,
+                              recipe.causal_context)
         targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
-        logits = target_logits(model, layout, targets.view(shape), self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0]))
+        context = self._context(inputs) if recipe.context_weight and layout.clean is not None else None
+        embeds = self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0])
+        logits, following = target_logits(model, layout, targets.view(shape), embeds, context).tensor_split([int(targets.sum())])
         labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
         nll = F.cross_entropy(logits, labels, reduction="none")
         token_loss, m2t = nll, noised.mask_targets[targets]
@@ -128,6 +137,11 @@ class DiffusionTrainer(Trainer):
         grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, token_loss)
         losses = combine(grid, noised, weighting=recipe.weighting, edit_weight=recipe.edit_weight, keep_weight=recipe.keep_weight, counts=num_items_in_batch)
         total = losses.total
+        if context is not None:
+            next_token = F.cross_entropy(following, inputs["input_ids"][context], reduction="sum")
+            total = total + recipe.context_weight * next_token / (num_items_in_batch["context"] if num_items_in_batch else context.sum()).clamp(min=1)
+            self._sums["context"] += next_token.item()
+            self._sums["context_n"] += len(following)
         if recipe.cap_weight:
             entropy, right = correct_entropy(logits[m2t], labels[m2t])
             total = total + recipe.cap_weight * entropy / right.clamp(min=1) / self.args.gradient_accumulation_steps
@@ -152,10 +166,11 @@ class DiffusionTrainer(Trainer):
         self._sums["clean_tokens"] += batch["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        """Adds the means since the last log: m2t, t2t, keep, m2t by t bucket (nats), kl, block size, stage, speed, memory."""
+        """Adds the means since the last log: m2t, t2t, keep, context (next token, clean half), m2t by t bucket (nats), kl, block size,
+        stage, speed, memory."""
         if "loss" in logs and self._sums:
             sums, now = self._sums, time.perf_counter()
-            names = ["m2t", "t2t", "keep", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
+            names = ["m2t", "t2t", "keep", "context", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
             logs |= {name: sums[name] / sums[f"{name}_n"] for name in names if sums[f"{name}_n"]}
             logs |= {"kl": sums["kl"] / max(sums["kl_n"], 1)} if self.recipe.kl_weight else {}
             schedule, step = self.recipe.schedule, max(self.state.global_step - 1, 0)
@@ -261,7 +276,8 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
         if schedule.block_size(int(checkpoint.name.split("-")[1]) - 1) == working:
             file = checkpoint / "model.safetensors"
             model.load_state_dict(load_file(file), strict=False)  # a tied head is stored once
-            losses[file] = sum(validate(model, validation, block_size=working, label_shift=recipe.label_shift).values())
+            losses[file] = sum(validate(model, validation, block_size=working, label_shift=recipe.label_shift,
+                                        causal_context=recipe.causal_context).values())
     best = sorted(losses, key=losses.get)[:recipe.merge_top_k]
     model.load_state_dict(merge_checkpoints(best), strict=False)
 
@@ -272,7 +288,7 @@ def load_finished(model, folder: Path) -> None:
         foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
         if foreign:
             raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}), e.g. a merged adapter; take it with backbones.load")
-        model.config.hilda = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
+        model.config.hilda = model.config.hilda | json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise HildaError(f"{folder} is damaged ({error}); delete {folder.parent} and run again: it is trained anew") from error
 
@@ -318,7 +334,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     if recipe.merge_top_k:
         _merge_best(model, recipe, folder / "checkpoints", validation)
     sizes = [size for size, steps in recipe.schedule.rungs() if steps]
-    model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift, "stage": recipe.stage}
+    model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift,
+                                                      "causal_context": recipe.causal_context, "stage": recipe.stage}
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
     if trainer.is_world_process_zero():
         publish(model, tokenizer, history, folder)

@@ -41,6 +41,8 @@ warmup = [[1, 2], [4, 6]]
 stable = [64, 0]
 decay = [[8, 12]]
 label_shift = True
+causal_context = True
+context_weight = 1.0
 weighting = "mean"
 low = 0.0
 high = 1.0
@@ -132,6 +134,8 @@ print(f"{schedule.total_steps} steps, working block size {working}; "
 # %% [markdown]
 # ## Conversion, ablations and the twin
 #
+# A block that is being written sees itself in both directions. What it sees of the blocks before it is a choice: with `causal_context` they are read as the parent read them, token by token from the left, so their keys are those the parent knows how to use; a next-token loss on them (`context_weight`) keeps it so. Without it (LLaDA2.0) closed blocks too are read in both directions, and the parent must learn to read all over again.
+#
 # Every arm starts from the same parent and sees the same text in the same order for the same number of optimiser steps. The AR twin simply goes on with next-token prediction: what the extra training alone buys.
 
 # %%
@@ -140,7 +144,8 @@ noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
              copies=copies, edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns,
              mask_noise=mask_noise, mask_noise_steps=mask_noise_steps)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, cap_weight=cap_weight,
-            kl_weight=kl_weight, kl_top_k=kl_top_k, label_shift=label_shift)
+            kl_weight=kl_weight, kl_top_k=kl_top_k, label_shift=label_shift,
+            causal_context=causal_context, context_weight=context_weight)
 optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
                     precision=precision, gradient_checkpointing=gradient_checkpointing,
                     merge_top_k=merge_top_k, save_every=save_every)
@@ -170,8 +175,7 @@ plt.show()
 # One number hides much. Near the end of a block's decoding few tokens are masked (small t); at its start all are (t = 1). The same held-out masks for every arm:
 
 # %%
-shift = {name: arm(recipe, name).label_shift for name in arms}
-measured = {name: layout.validate(models[name], rows["validation"], block_size=working, label_shift=shift[name])
+measured = {name: layout.validate(models[name], rows["validation"], block_size=working)
             for name in arms if name != "AR twin"}
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": loss}
                            for name, losses in measured.items() for t, loss in losses.items()])
@@ -185,7 +189,8 @@ plt.show()
 # At block size 1 every converted model is still an autoregressive one. Its next-token loss, beside the parent's and the twin's, is the knowledge that the conversion cost.
 
 # %%
-kept = {name: next_token_loss(models[name]) for name in arms if shift[name]} | {"parent": parent_loss}
+kept = {name: next_token_loss(models[name]) for name in arms if models[name].config.hilda["label_shift"]}
+kept |= {"parent": parent_loss}
 kept = pd.Series(kept, name="next_token_loss").rename_axis("arm").reset_index()
 speed = logs.groupby("arm", sort=False).agg({"clean_tokens_per_s": "median", "peak_memory_gb": "max"})
 summary = kept.merge(speed.reset_index(), how="left", on="arm")

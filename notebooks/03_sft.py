@@ -45,6 +45,7 @@ keep_weight = 0.1
 draft_share = 0.5
 draft_turns = 1
 ar_share = 0.0
+context_weight = 1.0
 kl_weight = 0.0
 kl_top_k = 16
 optimizer = "adamw_torch_fused"
@@ -78,7 +79,7 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 #
 # The prompt stays visible in both halves and is never a target. Each pair sits on its own blocks, as in decoding, and ends with EOS up to the block border. Of the targets, masked tokens are to be predicted (M2T); tokens that carry the model's own draft or a random token are to be recovered (T2T).
 #
-# In a share of the blocks (`suffix_share`; none, unless an arm or a profile asks for it) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
+# In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 
 # %%
 converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
@@ -97,7 +98,8 @@ noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
              suffix_share=suffix_share, complementary=complementary,
              edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
-            label_shift=models[arms[0]].config.hilda["label_shift"])
+            context_weight=context_weight,
+            **{key: models[arms[0]].config.hilda[key] for key in ("label_shift", "causal_context")})
 optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
                     precision=precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every)
 recipe = Recipe(schedule=BlockSchedule(stable=(block_size, steps)), ar_share=ar_share, stage="sft", seed=seed,
@@ -125,8 +127,7 @@ plt.show()
 # %%
 held_out = artefacts.load_rows(profile, "01_data", "sft-validation", seed, vocab_size=vocabulary)
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": value} for name in arms if name != "AR twin"
-                           for t, value in layout.validate(models[name], held_out, block_size=block_size,
-                                                           label_shift=arm(recipe, name).label_shift).items()])
+                           for t, value in layout.validate(models[name], held_out, block_size=block_size).items()])
 figures.save(figures.loss_by_t(validation), "03_loss_by_t", validation,
              profile=profile, seed=seed, provenance=origin)
 plt.show()

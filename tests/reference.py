@@ -12,11 +12,20 @@ def _logits(model, x, end, mask):
     return torch.cat([z[:1], z[:-1]]) if model.config.hilda["label_shift"] else z
 
 
+def open_block(start, end, size, causal):
+    """The open block [start, end) sees itself and all before it; what is before it was read block by block, or token by token."""
+    if not causal:
+        return attention.block_causal(end, size)
+    position = torch.arange(end)
+    return ((position[:, None] >= start) | (position[:, None] >= position))[None, None]
+
+
 @torch.no_grad()
 def edit_decode(model, prompt, s):
     """(generated ids up to and with the first EOS, forwards without commits, canvas history)"""
     K = s.block_size or model.config.hilda["block_size"]
     M, P, shift = model.config.hilda["mask_token_id"], len(prompt), model.config.hilda["label_shift"]
+    causal = model.config.hilda.get("causal_context", False)
     blocks = -(-(P + s.max_new_tokens) // K)
     x = torch.full((blocks * K,), M)
     x[:P] = prompt
@@ -27,7 +36,7 @@ def edit_decode(model, prompt, s):
             post += not m.any()
             if post > s.max_post_steps:
                 break
-            z = _logits(model, x, e, attention.block_causal(e, K))[a:e]
+            z = _logits(model, x, e, open_block(a, e, K, causal))[a:e]
             p, v = z.softmax(-1).max(-1)
             fill = m & (p > s.tau_mask)
             if m.any() and fill.sum() < s.minimum:
@@ -43,8 +52,8 @@ def edit_decode(model, prompt, s):
         if s.look_back:
             start = max(e - (s.look_back + 1) * K, 0)
             position = torch.arange(e)
-            window = (position[:, None] >= start) | (position[:, None] // K >= position[None] // K)
-            z = _logits(model, x, e, window[None, None])[:a]
+            window = (position[:, None] >= start) | open_block(e, e, K, causal)
+            z = _logits(model, x, e, window)[:a]
             p, v = z.softmax(-1).max(-1)
             edit = (position[:a] >= max(P, start + shift)) & (p > s.tau_edit) & (v != x[:a])
             x[:a] = torch.where(edit, v, x[:a])

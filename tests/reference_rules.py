@@ -7,9 +7,8 @@ import math
 
 import numpy as np
 import torch
-from reference import _logits
+from reference import _logits, open_block
 
-from hildalib import attention
 from hildalib.decoding import commit, revise
 
 
@@ -220,7 +219,7 @@ def shadow_logits(model, x, start, end, isolated):
     ids = x[:end].tolist() + [M if kind == "mask" else int(x[start + i - 1]) for kind, i in rows]
     places = [*range(end)] + [start + i - (kind == "again") for kind, i in rows]
     sees = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    sees[:end, :end] = attention.block_causal(end, size)[0, 0]
+    sees[:end, :end] = open_block(start, end, size, model.config.hilda.get("causal_context", False))[0, 0]
     for q, (kind, i) in enumerate(rows):
         for key in range(end):
             sees[end + q, key] = key != start + i and not (kind == "again" and key == start + i - 1)
@@ -236,6 +235,7 @@ def decode(model, prompt, s, generator=None):
     """(generated ids up to and with the first EOS, forwards): uncached, one row, one block after the other."""
     K, M, P = s.block_size or model.config.hilda["block_size"], model.config.hilda["mask_token_id"], len(prompt)
     blocks, rule = -(-(P + s.max_new_tokens) // K), s.revision_rule
+    causal = model.config.hilda.get("causal_context", False)
     x = torch.full((blocks * K,), M)
     x[:P] = prompt
     snapshot, remasks, forwards = [math.nan] * len(x), [0] * len(x), 0
@@ -246,7 +246,7 @@ def decode(model, prompt, s, generator=None):
             had_masks = M in canvas
             visible = any(free[i] and canvas[i] != M for i in range(K))
             shadow = shadow_logits(model, x, a, e, rule.isolated) if rule.shadow and had_masks and visible else None
-            z = _logits(model, x, e, attention.block_causal(e, K))[a:e]
+            z = _logits(model, x, e, open_block(a, e, K, causal))[a:e]
             forwards += 1
             own_snapshot, own_remasks = snapshot[a:e], remasks[a:e]
             draws = torch.rand(1, K, generator=generator)[0] if generator else None
@@ -265,7 +265,7 @@ def decode(model, prompt, s, generator=None):
             continue
         forwards += 2 + (not stable)  # re-read, commit again; and the commit of an exhausted block
         first, position = max(e - (s.look_back + 1) * K, 0), torch.arange(e)
-        z = _logits(model, x, e, ((position[:, None] >= first) | (position[:, None] // K >= position // K))[None, None])[:a]
+        z = _logits(model, x, e, (position[:, None] >= first) | open_block(e, e, K, causal))[:a]
         p, v = z.softmax(-1).max(-1)
         for i in range(max(P, first + model.config.hilda["label_shift"]), a):
             if p[i] > s.tau_edit and v[i] != x[i]:

@@ -184,11 +184,11 @@ if os.environ["RANK"] == "0":
 
 # 4 -----------------------------------------------------------------------------------------------------------------------
 
-@hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), shift=st.booleans(), size=st.sampled_from([2, 4, 8]), tau_mask=st.sampled_from([0.2, 0.5, 0.8, 2.0]),
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), shift=st.booleans(), causal=st.booleans(), size=st.sampled_from([2, 4, 8]), tau_mask=st.sampled_from([0.2, 0.5, 0.8, 2.0]),
        tau_edit=st.sampled_from([0.0, 0.3, 0.7, 2.0]), post=st.sampled_from([0, 1, 4]), look_back=st.sampled_from([0, 0, 1, 2]), minimum=st.sampled_from([1, 2]))
-def test_4_cached_equals_uncached_also_when_edits_reach_committed_blocks(seed, shift, size, tau_mask, tau_edit, post, look_back, minimum):
-    model, _ = tiny(seed % 7, shift=shift, block_size=size, sharpen=8.0)
+def test_4_cached_equals_uncached_also_when_edits_reach_committed_blocks(seed, shift, causal, size, tau_mask, tau_edit, post, look_back, minimum):
+    model, _ = tiny(seed % 7, shift=shift, causal=causal, block_size=size, sharpen=8.0)
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(5, 15, (n,), generator=generator) for n in (3, 9, 1, 12)]
     settings = EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_post_steps=post, look_back=look_back, minimum=minimum, max_new_tokens=17)

@@ -9,13 +9,13 @@ FIRST, LAST = 5, 4 + len(VOCABULARY)
 EOS, MASK = 2, 3
 
 
-def tiny(seed=0, shift=True, block_size=4, sharpen=1.0, vocabulary=VOCABULARY, **options):
+def tiny(seed=0, shift=True, block_size=4, sharpen=1.0, vocabulary=VOCABULARY, causal=False, **options):
     """A random nano model with its tokenizer; `sharpen` scales its weights so that confidences spread over (0, 1)."""
     model, tokenizer = nano.nano(32, 2, 2, vocabulary=vocabulary, seed=seed, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= sharpen if parameter.ndim > 1 else 1.0
-    model.config.hilda = model.config.hilda | {"block_size": block_size, "label_shift": shift}
+    model.config.hilda = model.config.hilda | {"block_size": block_size, "label_shift": shift, "causal_context": causal}
     return model, tokenizer
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hildalib import HildaError, attention
-from hildalib.decoding import rules, shadow
-from hildalib.decoding.cache import BlockCache
+from hildalib import HildaError
+from hildalib.decoding import rules
+from hildalib.decoding.reader import Reader
 from hildalib.decoding.settings import EditSettings
 from hildalib.decoding.trace import Recorder, Trace
-from hildalib.layout import selected_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class _Decode:
         record = getattr(model.config, "hilda", None)
         if not record:
             raise HildaError("this model has no `hilda` record in its config: load it with hildalib.backbones.load, or convert it first (notebook 02)")
-        self.model, self.settings, self.generator = model, settings, generator
+        self.settings, self.generator = settings, generator
         self.commit, self.revise = settings.commit_rule, settings.revision_rule
         self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
         self.size = size = settings.block_size or record["block_size"]
@@ -65,94 +64,19 @@ class _Decode:
         for row, length in enumerate(lengths.tolist()):  # left padding is dropped: position 0 is the first real token
             self.canvas[row, :length] = prompt_ids[row, prompt_ids.shape[1] - length:]
         self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
-        self.forwards = torch.zeros(batch, dtype=torch.long, device=device)
-        self.fed = torch.zeros_like(self.forwards)
+        self.reader = Reader(model, self.canvas, size, self.revise)
         self.start = lengths // size * size  # where each row's current block begins
         self.post = torch.zeros_like(self.start)  # forwards spent on the block since its last mask went
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.live = torch.arange(batch, device=device)  # cache row -> batch row
-        self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
-        self.cache = BlockCache(slots + (3 * size if self.revise.shadow else 0))
+        self.live = torch.arange(batch, device=device)  # row of the reader -> batch row
         self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
         self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
         self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, (B, ...) each
         self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
 
-    def _forward(self, positions: Tensor, columns: Tensor | None = None, horizon: Tensor | None = None) -> Tensor:
-        """Logits (b, n, V), [MASK] barred, of the canvas fed at positions (b, Q) of the live rows; keys land in the cache.
-
-        columns (b, n): the columns of Q that need logits, default all. horizon (b,): where attention ends for all of them
-        (look-back); default: the end of each position's own block.
-        """
-        used = self.cache.at(positions).used
-        mask = attention.window(positions, used, self.size)
-        if horizon is not None:
-            mask = (torch.arange(used, device=positions.device) < horizon[:, None, None])[:, None].expand_as(mask)
-        return self._feed(self.canvas[self.live].gather(1, positions), positions, mask, columns)
-
-    def _feed(self, ids: Tensor, positions: Tensor, mask: Tensor, columns: Tensor | None) -> Tensor:
-        """`_forward` for any ids (b, Q) and mask; the cache knows the slots."""
-        index = torch.arange(positions.numel(), device=positions.device).view_as(positions)
-        index = index if columns is None else index.gather(1, columns)
-        with selected_rows(self.model, index.flatten()):
-            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
-        logits = logits.view(*index.shape, -1)
-        logits[..., self.mask_id] = -torch.inf
-        return logits
-
-    def _forward_with_shadow(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`_forward`, and the logits (b, K, V) of each position of the first block with its own token hidden; one forward."""
-        size, start = self.size, positions[:, :1]
-        own = self.canvas[self.live].gather(1, positions)
-        ids, places = shadow.rows(own[:, :size], start, self.mask_id, self.shift)
-        first = 2 * size  # its keys go behind the block that may be read ahead, where no other row looks
-        used = self.cache.at(torch.cat([positions, start + first + torch.arange(ids.shape[1], device=start.device)], 1)).used
-        mask = torch.cat([attention.window(positions, used, size), shadow.window(start, size, used, first, self.shift, self.revise.isolated)], 2)
-        columns = torch.arange(positions.shape[1] + ids.shape[1], device=start.device)
-        columns = torch.cat([columns[:positions.shape[1]], columns[self.shift - size:]]).expand(len(ids), -1)  # the last rows predict
-        logits = self._feed(torch.cat([own, ids], 1), torch.cat([positions, places], 1), mask, columns)
-        own, hidden = logits[:, :positions.shape[1]], logits[:, positions.shape[1]:]
-        if self.shift:
-            hidden = torch.cat([own[:, :1] if self.carry is None else self.carry[:, None], hidden], 1)
-        return own, hidden
-
-    def _count(self, rows: Tensor, positions: Tensor | int) -> None:
-        """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
-        self.forwards[rows] += 1
-        self.fed[rows] += positions
-
-    def _positions(self, start: Tensor, count: int) -> Tensor:
-        return (start[:, None] + torch.arange(count, device=start.device)).clamp(max=self.canvas.shape[1] - 1)
-
-    def _align(self, logits: Tensor, before: Tensor | None) -> Tensor:
-        """Row i of the result predicts position i; before (b, V): logits of the position in front of them."""
-        if not self.shift:
-            return logits
-        first = logits[:, :1] if before is None else before[:, None]  # nothing before block 0, whose first token is prompt
-        return torch.cat([first, logits[:, :-1]], 1)
-
-    def _read(self, ahead: Tensor, shadowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits of each row's block (b, K, V), of the block after it where any row looks `ahead` (b,) bool, and of its
-        shadow where any is `shadowed` (b,) bool.
-
-        The first forward takes the whole prompt blocks along. A block that has no masks left is confirmed and committed by
-        the forward in which the next one takes its first step: block-causal attention makes both exact.
-        """
-        live, start = self.live, self.start[self.live]
-        if not self.cache.keys and int(start.max()):
-            columns = (start[:, None] - 1 + torch.arange(self.size + 1, device=start.device)).clamp(min=0)
-            logits = self._forward(self._positions(torch.zeros_like(start), int(start.max()) + self.size), columns)
-            self._count(live, start + self.size)
-            self.carry = logits[:, 0]
-            return logits[:, 1:], None, None
-        positions = self._positions(start, self.size * (2 if ahead.any() else 1))
-        logits, hidden = self._forward_with_shadow(positions) if shadowed.any() else (self._forward(positions), None)
-        self._count(live, self.size * (1 + ahead.long()) + shadowed.long() * shadow.count(self.size, self.shift))
-        return logits[:, :self.size], logits[:, self.size:] if ahead.any() else None, hidden
-
     def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
         """What the rules see of the current blocks of rows `live`, and their positions (b, K)."""
-        positions = self._positions(self.start[live], self.size)
+        positions = self.reader.positions(self.start[live], self.size)
         current, history = self.canvas[live].gather(1, positions), self.snapshot[live]
         hidden = (current == self.mask_id) & ~frozen[:, None]
         visible = (current != self.mask_id) & (positions >= self.lengths[live][:, None]) & ~frozen[:, None]
@@ -179,28 +103,27 @@ class _Decode:
 
     def step(self) -> None:
         """One forward of every live row: fill and edit its block; where the block was done, begin the next one too."""
-        live, settings = self.live, self.settings
+        live, settings, reader = self.live, self.settings, self.reader
         end = self.start[live] + self.size
-        positions = self._positions(self.start[live], self.size)
+        positions = reader.positions(self.start[live], self.size)
         masked = self.canvas[live].gather(1, positions) == self.mask_id
         had_masks = masked.any(-1)
         shadowed = had_masks & (~masked & (positions >= self.lengths[live][:, None])).any(-1) & self.revise.shadow
         ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
-        raw, following, hidden_logits = self._read(ahead, shadowed)
         spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
-        full, edited = self._write(live, self._align(raw, self.carry), spent, hidden_logits)
+        read = reader.read(self.canvas[live], self.start[live], live, ahead, spent, shadowed)
+        full, edited = self._write(live, reader.align(read.own, reader.carry), spent, read.hidden)
         self.post[live] += full.long()
-        stable = ~had_masks & ~edited  # the forward saw the block's final tokens: its keys are the commit
-        if self.carry is None or self.shift:
-            self.carry = raw[:, -1] if self.carry is None else torch.where(stable[:, None], raw[:, -1], self.carry)
+        stable = ~had_masks & ~edited  # the forward saw the block's final tokens
+        reader.advance(stable, read.last)
         closed = self._close(stable, full & ~stable & (self.post[live] > self._post_limit()))
-        if following is not None and (begin := closed & ahead).any():
-            logits = self._align(following, raw[:, -1])[begin]
+        if read.following is not None and (begin := closed & ahead).any():
+            logits = reader.align(read.following, read.last)[begin]
             full, _ = self._write(live[begin], logits, torch.zeros_like(begin[begin]))
             self.post[live[begin]] += full.long()
             self._exhaust(live[begin][full & (self._post_limit() < 1)])
         if self.recorder:
-            self.recorder.snap(self.canvas, self.forwards)
+            self.recorder.snap(self.canvas, reader.forwards)
         self._drop_finished()
 
     def _post_limit(self) -> int:
@@ -236,8 +159,7 @@ class _Decode:
         kept = (~self.done[self.live]).nonzero().squeeze(1)
         if len(kept) < len(self.live):
             self.live = self.live[kept]
-            self.cache.keep_rows(kept)
-            self.carry = self.carry[kept]
+            self.reader.keep_rows(kept)
 
     def _has_eos(self, rows: Tensor, end: Tensor) -> Tensor:
         """(b,) True = an EOS stands among the generated tokens before `end`."""
@@ -253,12 +175,12 @@ class _Decode:
         All live rows are fed (a batch is one tensor), but only `closing` rows are edited; for the others the window is
         their own last blocks and the second forward restores exactly the keys that were there.
         """
-        live, span = self.live, (self.settings.look_back + 1) * self.size
+        live, reader, span = self.live, self.reader, (self.settings.look_back + 1) * self.size
         start = (self.start[live] + self.size - span).clamp(min=0)
-        positions = self._positions(start, span)
+        positions = reader.positions(start, span)
         horizon = self.start[live] + self.size
-        logits = self._forward(positions, horizon=horizon)
-        self._count(live[closing], span)
+        logits = reader.reread(self.canvas[live], positions, horizon)
+        reader.count(live[closing], span)
         if self.shift:  # the window's first token has no row in the window; it stays
             logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
         tokens, confidence = rules.choose(logits, self.settings.temperature, self.generator)
@@ -271,14 +193,13 @@ class _Decode:
         self.snapshot[live] = history.scatter(1, positions, torch.where(edited, confidence, history.gather(1, positions)))
         if self.recorder:
             self.recorder.write(live, positions, torch.zeros_like(edited), edited, confidence, tokens)
-            self.recorder.snap(self.canvas, self.forwards)
-        raw = self._forward(positions)
-        self._count(live[closing], span)
-        if self.shift:
-            last = (self.start[live] + self.size - 1 - start)[:, None, None].expand(-1, 1, raw.shape[-1])
-            self.carry = torch.where(closing[:, None], raw.gather(1, last)[:, 0], self.carry)
+            self.recorder.snap(self.canvas, reader.forwards)
+        raw = reader.recommit(self.canvas[live], positions)
+        reader.count(live[closing], span)
+        last = (self.start[live] + self.size - 1 - start)[:, None, None].expand(-1, 1, raw.shape[-1])
+        reader.advance(closing, raw.gather(1, last)[:, 0])
         if self.recorder:
-            self.recorder.snap(self.canvas, self.forwards)
+            self.recorder.snap(self.canvas, reader.forwards)
 
 
 @torch.inference_mode()
@@ -311,4 +232,4 @@ def _collect(state: _Decode, settings: EditSettings) -> Decoded:
     if len(state.eos):
         after = torch.isin(ids, state.eos).long().cumsum(1) - torch.isin(ids, state.eos).long() > 0
         ids = ids.masked_fill(after, int(state.eos[0]))
-    return Decoded(ids, state.forwards, state.fed, state.recorder.trace() if state.recorder else None)
+    return Decoded(ids, state.reader.forwards, state.reader.fed, state.recorder.trace() if state.recorder else None)

@@ -54,8 +54,8 @@ def token_logp(model, states: States) -> tuple[Tensor, Tensor]:
     """
     device = next(model.parameters()).device
     x0, docs, noisy, labels, weight = (value.to(device) for value in (states.x0, states.docs, states.noisy, states.labels, states.weight))
-    targets = weight != 0
-    layout = Layout.build(x0, noisy, docs, states.block_size, model.config.hilda["label_shift"])
+    targets, record = weight != 0, model.config.hilda
+    layout = Layout.build(x0, noisy, docs, states.block_size, record["label_shift"], record.get("causal_context", False))
     logp = (target_logits(model, layout, targets) / states.temperature).log_softmax(-1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
