@@ -150,13 +150,16 @@ optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimiz
                     precision=precision, gradient_checkpointing=gradient_checkpointing,
                     merge_top_k=merge_top_k, save_every=save_every)
 recipe = Recipe(schedule=schedule, ar_share=ar_share, stage="wsd", seed=seed, **noise, **loss, **optimisation)
-models, logs = {}, []
+logs = []
 for name in arms:
-    models[name] = copy.deepcopy(parent)
-    log = train(models[name], tokenizer, rows["train"], arm(recipe, name), folder / name, parent=parent,
+    log = train(copy.deepcopy(parent), tokenizer, rows["train"], arm(recipe, name), folder / name, parent=parent,
                 title=name, validation=rows["validation"])
     logs.append(log.assign(arm=name))
 logs = pd.concat(logs, ignore_index=True)
+
+
+def converted(name: str):  # one model in memory at a time
+    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype="float32")[0]
 
 # %%
 curves = [column for column in ("m2t", "t2t", "kl") if column in logs]
@@ -175,7 +178,7 @@ plt.show()
 # One number hides much. Near the end of a block's decoding few tokens are masked (small t); at its start all are (t = 1). The same held-out masks for every arm:
 
 # %%
-measured = {name: layout.validate(models[name], rows["validation"], block_size=working)
+measured = {name: layout.validate(converted(name), rows["validation"], block_size=working)
             for name in arms if name != "AR twin"}
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": loss}
                            for name, losses in measured.items() for t, loss in losses.items()])
@@ -189,7 +192,7 @@ plt.show()
 # At block size 1 every converted model is still an autoregressive one. Its next-token loss, beside the parent's and the twin's, is the knowledge that the conversion cost.
 
 # %%
-kept = {name: next_token_loss(models[name]) for name in arms if models[name].config.hilda["label_shift"]}
+kept = {name: next_token_loss(converted(name)) for name in arms if arm(recipe, name).label_shift}
 kept |= {"parent": parent_loss}
 kept = pd.Series(kept, name="next_token_loss").rename_axis("arm").reset_index()
 speed = logs.groupby("arm", sort=False).agg({"clean_tokens_per_s": "median", "peak_memory_gb": "max"})
@@ -206,10 +209,9 @@ summary
 # Losses of arms with different targets do not compare; answers do. The autoregressive models first, token by token:
 
 # %%
-readers = {name: model for name, model in {"parent": parent, **models}.items() if name in ("parent", "AR twin")}
 exact = {}
-for name in readers if probe_task else ():
-    frame = evaluate.run(readers[name], tokenizer, tasks.load(probe_task), evaluate.autoregressive(probe_tokens),
+for name in ("parent", *{"AR twin"} & {*arms}) if probe_task else ():
+    frame = evaluate.run(parent if name == "parent" else converted(name), tokenizer, tasks.load(probe_task), evaluate.autoregressive(probe_tokens),
                          limit=probe_items, split="validation", batch_size=64)
     exact[name] = frame.score.mean()
     print(f"{name:8} answers {exact[name]:.1%} of {len(frame)} validation prompts right")
@@ -220,7 +222,7 @@ for name in readers if probe_task else ():
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
 diffusion_arms = [name for name in arms if name != "AR twin"] if probe_task else []
-probe = []
+probe, models = [], {name: converted(name) for name in diffusion_arms if probe_masks}
 for name, tau_mask, tau_edit in itertools.product(diffusion_arms, probe_masks, probe_edits):
     thresholds = {"tau_mask": tau_mask, "tau_edit": tau_edit}
     decoder = evaluate.diffusion(EditSettings(**thresholds, max_new_tokens=probe_tokens))

@@ -85,9 +85,8 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
 starts = {name: name if name in {*converted, "AR twin"} else "dLLM" for name in arms}  # others differ from here on
 folders = {name: artefacts.model_folder(profile, "02_wsd", start, seed) for name, start in starts.items()}
-models = {name: backbones.load(path, dtype="float32")[0] for name, path in folders.items()}
-tokenizer = backbones.load(folders[arms[0]], dtype="float32")[1]
-vocabulary = models[arms[0]].get_input_embeddings().num_embeddings
+first, tokenizer = backbones.load(folders[arms[0]], dtype="float32")
+vocabulary = first.get_input_embeddings().num_embeddings
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 response_tokens = int(rows["maskable"].sum())
 print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; "
@@ -99,7 +98,7 @@ noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
              edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
             context_weight=context_weight,
-            **{key: models[arms[0]].config.hilda[key] for key in ("label_shift", "causal_context")})
+            **{key: first.config.hilda[key] for key in ("label_shift", "causal_context")})
 optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
                     precision=precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every)
 recipe = Recipe(schedule=BlockSchedule(stable=(block_size, steps)), ar_share=ar_share, stage="sft", seed=seed,
@@ -109,13 +108,18 @@ if kl_weight:
     teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype="float32")[0]
 logs = []
 for name in arms:
-    log = train(models[name], tokenizer, rows, arm(recipe, name), folder / name, parent=teacher, title=name)
+    start = backbones.load(folders[name], dtype="float32")[0]
+    log = train(start, tokenizer, rows, arm(recipe, name), folder / name, parent=teacher, title=name)
     logs.append(log.assign(arm=name))
 logs = pd.concat(logs, ignore_index=True)
 
+
+def tuned(name: str):  # one model in memory at a time
+    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype="float32")[0]
+
 # %%
 table = logs[["arm", "step", "block_size", *[c for c in ("m2t", "t2t") if c in logs]]]
-origin = {"data": f"01_data of profile {profile}", "seed": seed, "device": str(models[arms[0]].device)}
+origin = {"data": f"01_data of profile {profile}", "seed": seed, "device": str(first.device)}
 figures.save(figures.losses(table), "03_losses", table, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
@@ -127,7 +131,7 @@ plt.show()
 # %%
 held_out = artefacts.load_rows(profile, "01_data", "sft-validation", seed, vocab_size=vocabulary)
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": value} for name in arms if name != "AR twin"
-                           for t, value in layout.validate(models[name], held_out, block_size=block_size).items()])
+                           for t, value in layout.validate(tuned(name), held_out, block_size=block_size).items()])
 figures.save(figures.loss_by_t(validation), "03_loss_by_t", validation,
              profile=profile, seed=seed, provenance=origin)
 plt.show()
@@ -144,7 +148,7 @@ for name in arms:
     twin = name == "AR twin"
     decoder = (evaluate.autoregressive(max_new_tokens) if twin
                else evaluate.diffusion(settings_for("Q", max_new_tokens=max_new_tokens)))
-    frame = evaluate.run(models[name], tokenizer, task, decoder, limit=sample_items, split="validation",
+    frame = evaluate.run(tuned(name), tokenizer, task, decoder, limit=sample_items, split="validation",
                          chat=chat)
     samples.append(frame.assign(arm=name)[["arm", "prompt", "text", "score", "forwards"]])
 samples = pd.concat(samples, ignore_index=True)
@@ -159,7 +163,7 @@ validation.to_csv(output / "validation.csv", index=False)
 samples.to_csv(output / "samples.csv", index=False)
 artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
                          "tokens_per_s": logs.groupby("arm").clean_tokens_per_s.median().to_dict()},
-                        profile, NOTEBOOK, seed, model=models[arms[0]])
+                        profile, NOTEBOOK, seed, model=first)
 
 # %% [markdown]
 # ## What we learned

@@ -140,7 +140,8 @@ shown = means.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
           "interval": "95 % t over seeds" if len(tables) > 1 else "95 % Wilson over items",
           "device": str(models["dLLM"].device)}
-figures.save(figures.benchmarks(shown), "05_benchmarks", means, profile=profile, seed=seed, provenance=origin)
+measure = "accuracy (stories: 1 − repetition)" if open_tasks else "accuracy"
+figures.save(figures.benchmarks(shown.rename(columns={"accuracy": measure}), score=measure), "05_benchmarks", means, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
 # %%
@@ -153,8 +154,9 @@ for other in other_arms:
     figures.save(comparison.arms(pair, verdict), f"05_{other.replace(' ', '_')}", pair,
                  profile=profile, seed=seed, provenance=origin | {"items": sweep_items})
     plt.show()
-    print(f"dLLM minus {other}, at equal tokens per forward: {verdict['difference']:+.3f} "
-          f"[{verdict['low']:+.3f}, {verdict['high']:+.3f}] over seeds")
+    sure = (f"[{verdict['low']:+.3f}, {verdict['high']:+.3f}] over {len(found)} seeds" if len(found) > 1
+            else "(one seed: no interval)")
+    print(f"dLLM minus {other}, at equal tokens per forward: {verdict['difference']:+.3f} {sure}")
 
 # %%
 artefacts.write_metrics({"presets": chosen["presets"], "benchmarks": table.to_dict("records"), "questions": verdicts},

@@ -86,9 +86,10 @@ def test_everything_after_the_first_eos_is_eos_and_no_block_behind_it_is_decoded
 
 
 @pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 12])
-def test_a_prompt_before_on_and_after_a_block_border_is_decoded_as_the_reference_does(length, shift):
-    model, _ = tiny(2, shift=shift, sharpen=7.0)
+def test_a_prompt_before_on_and_after_a_block_border_is_decoded_as_the_reference_does(length, shift, causal):
+    model, _ = tiny(2, shift=shift, causal=causal, sharpen=7.0)
     prompt = torch.arange(length) % 14 + FIRST
     settings = EditSettings(tau_mask=0.4, tau_edit=0.2, max_new_tokens=11, stop_at_eos=False)
     out = edit_decode(model, prompt[None], settings, trace=True)
@@ -126,6 +127,7 @@ def test_an_empty_prompt_needs_a_model_without_shift():
 
 def test_a_model_that_is_no_dllm_is_refused_with_the_remedy():
     model, _ = tiny(block_size=None)
+    del model.config.hilda["causal_context"]  # as in the records of older checkpoints
     with pytest.raises(HildaError, match="never converted; give EditSettings"):
         edit_decode(model, PROMPT_IDS, EditSettings())
     assert edit_decode(model, PROMPT_IDS, EditSettings(block_size=4, max_new_tokens=2)).ids.shape == (1, 2)
@@ -136,15 +138,17 @@ def test_a_model_that_is_no_dllm_is_refused_with_the_remedy():
 
 # ---- cost -----------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tau_edit, forwards", [(2.0, 5), (0.999, 6)])
-def test_a_block_is_committed_by_the_first_forward_of_the_next(tau_edit, forwards):
+def test_a_block_is_committed_by_the_first_forward_of_the_next(tau_edit, forwards, causal):
     """Everything is filled at once (tau_mask 0), nothing is edited: 5 blocks cost 5 forwards, and 1 more to confirm the last where edits
-    are possible, instead of 5 * (1 fill + 1 commit). Each fused forward feeds two blocks."""
-    model, _ = tiny()  # unsharpened: no confidence near 0.999
+    are possible, instead of 5 * (1 fill + 1 commit). Each fused forward feeds two blocks; three where a block that may still be edited
+    goes into a causal context."""
+    model, _ = tiny(causal=causal)  # unsharpened: no confidence near 0.999
     settings = EditSettings(tau_mask=0.0, tau_edit=tau_edit, max_new_tokens=20, stop_at_eos=False)
     out = edit_decode(model, torch.tensor([[5, 6, 7, 8]]), settings, trace=True)
     assert out.forwards.tolist() == [forwards] and out.forwards[0] < 5 * 2
-    assert out.positions_fed.tolist() == [(4 + 4) + 4 * 8 + (forwards - 5) * 4]
+    assert out.positions_fed.tolist() == [(4 + 4) + 4 * (8 + 4 * (causal and tau_edit < 1)) + (forwards - 5) * 4]
     masks = (out.trace.state[:, 0, 4:] == MASKED).sum(1)
     assert masks.tolist()[:6] == [20, 16, 12, 8, 4, 0]
 
@@ -167,7 +171,7 @@ def test_an_ar_twin_costs_one_forward_a_token():
 
 def test_at_block_size_1_with_shift_the_decoder_is_the_ar_twin():
     for seed in range(4):
-        model, _ = tiny(seed, block_size=1, sharpen=7.0)
+        model, _ = tiny(seed, block_size=1, causal=seed % 2 == 1, sharpen=7.0)
         ours = edit_decode(model, PROMPT_IDS, EditSettings(tau_edit=2.0, max_new_tokens=12)).ids[0]
         twin = ar_decode(model, PROMPT_IDS, max_new_tokens=12).ids[0]
         assert torch.equal(ours[:len(twin)], twin) and (ours[len(twin):] == EOS).all()

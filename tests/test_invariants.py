@@ -22,9 +22,9 @@ from hildalib.wsd import BlockSchedule
 text = functools.partial(plain_text, documents=True)
 
 
-def aligned(model, x0, noisy, docs, size, shift):
+def aligned(model, x0, noisy, docs, size, shift, causal=False):
     """(B, L, V) aligned logits of one noisy copy through the training layout."""
-    layout = Layout.build(x0, noisy[:, None], docs, size, shift)
+    layout = Layout.build(x0, noisy[:, None], docs, size, shift, causal)
     everywhere = torch.ones_like(noisy, dtype=torch.bool)[:, None]
     return target_logits(model, layout, everywhere).view(*x0.shape, -1)
 
@@ -70,6 +70,33 @@ def test_1_block_size_L_is_plain_mdlm(shift):
     assert torch.allclose(dropped[..., 5:], kept[..., 5:], atol=1e-5)
 
 
+def test_1_a_causal_context_is_the_ar_parent_at_any_block_size():
+    """Its clean half gives the parent's logits, and at block size 1 the causal layout is the block-causal one."""
+    model, _ = tiny()
+    x0, docs = text()
+    parent = model(input_ids=x0, attention_mask=attention.block_causal(16, 1, docs)).logits
+    targets = predictable(torch.ones_like(x0, dtype=torch.bool), docs, True)
+    for size, copies in ((2, 1), (4, 2), (8, 1)):
+        layout = Layout.build(x0, torch.full((2, copies, 16), 3), docs, size, True, True)
+        logits = target_logits(model, layout, torch.zeros(2, copies, 16, dtype=torch.bool), context=targets)
+        assert torch.allclose(logits[:, 5:], parent[:, :-1][targets[:, 1:]][:, 5:], atol=1e-5)
+    assert torch.equal(attention.noisy_clean(16, 1, docs), attention.noisy_clean(16, 1, docs, causal_context=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_1_a_block_in_training_is_the_open_block_in_decoding(causal):
+    """One forward over [noisy | clean] gives each block the logits of a canvas in which only that block is open."""
+    model, _ = tiny(shift=False)
+    x0, docs = text(rows=1)
+    docs = torch.zeros_like(docs)
+    noisy = torch.where(torch.arange(16) % 3 == 0, 3, x0)
+    logits = aligned(model, x0, noisy, docs, 4, False, causal)
+    for start in range(0, 16, 4):
+        canvas = torch.cat([x0[:, :start], noisy[:, start:start + 4]], 1)[0]
+        expected = reference._logits(model, canvas, start + 4, reference.open_block(start, start + 4, 4, causal))[start:]
+        assert torch.allclose(logits[0, start:start + 4, 5:], expected[:, 5:], atol=1e-5)
+
+
 def test_1_edit_rate_0_is_m2t_only():
     model, _ = tiny()
     x0, docs = text()
@@ -82,15 +109,16 @@ def test_1_edit_rate_0_is_m2t_only():
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_2_clean_tokens_of_a_block_never_reach_its_own_or_earlier_predictions(size, shift):
+@pytest.mark.parametrize("causal", [True, False])
+def test_2_clean_tokens_of_a_block_never_reach_its_own_or_earlier_predictions(size, shift, causal):
     model, _ = tiny()
     x0, docs = text(documents=False)
     noisy = torch.full_like(x0, 3)
-    before = aligned(model, x0, noisy, docs, size, shift)
+    before = aligned(model, x0, noisy, docs, size, shift, causal)
     for block in range(16 // size):
         changed = x0.clone()
         changed[:, block * size:(block + 1) * size] = (x0[:, block * size:(block + 1) * size] - 5 + 1) % 10 + 5
-        after = aligned(model, changed, noisy, docs, size, shift)
+        after = aligned(model, changed, noisy, docs, size, shift, causal)
         end = (block + 1) * size
         assert torch.equal(before[:, :end], after[:, :end])
         assert end == 16 or not torch.equal(before[:, end:], after[:, end:])
@@ -114,8 +142,9 @@ def test_2_flex_attention_has_the_same_mask():
     _, docs = text()
     for size, copies in ((1, 1), (4, 1), (4, 2), (16, 1)):
         span = 16 * (copies + 1)
-        flex = create_mask(attention.noisy_clean_mod(16, size, docs, copies), 2, 1, span, span, device="cpu")
-        assert torch.equal(flex, attention.noisy_clean(16, size, docs, copies))
+        for causal in (True, False):
+            flex = create_mask(attention.noisy_clean_mod(16, size, docs, copies, causal), 2, 1, span, span, device="cpu")
+            assert torch.equal(flex, attention.noisy_clean(16, size, docs, copies, causal))
 
 
 # 3 -----------------------------------------------------------------------------------------------------------------------
@@ -150,11 +179,13 @@ def small_run(folder, **changes):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), log
 
 
-def test_3_batch_8_equals_2_times_4_accumulated(tmp_path):
-    whole, log = small_run(tmp_path / "a")
-    parts, log_parts = small_run(tmp_path / "b", batch_size=4, accumulate=2)
+@pytest.mark.parametrize("options", [{}, {"causal_context": True, "context_weight": 0.5}])
+def test_3_batch_8_equals_2_times_4_accumulated(tmp_path, options):
+    whole, log = small_run(tmp_path / "a", **options)
+    parts, log_parts = small_run(tmp_path / "b", batch_size=4, accumulate=2, **options)
     assert torch.allclose(whole, parts, atol=2e-5)
-    assert torch.allclose(torch.tensor(log.m2t.values), torch.tensor(log_parts.m2t.values), atol=1e-4)
+    for name in ("m2t", *(["context"] if options else [])):
+        assert torch.allclose(torch.tensor(log[name].dropna().values), torch.tensor(log_parts[name].dropna().values), atol=1e-4)
 
 
 def test_3_two_processes_equal_one(tmp_path):

@@ -125,9 +125,21 @@ def changed(name):
     ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}),
     ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))}), ("complementary", {}), ("no keep", {"keep_weight": 0.0}),
     ("suffix masks", {"suffix_share": 0.5}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3}),
+    ("causal context", {"causal_context": True, "context_weight": 1.0}), ("block-causal context", {}), ("no AR term", {}),
     ("no mask noise", {"mask_noise_steps": 0}), ("stable stage", {"schedule": asdict(LADDER.with_stable_stage())})])
 def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
     assert changed(name) == expected
+
+
+def test_arms_of_a_recipe_with_a_causal_context():
+    causal = replace(FULL, causal_context=True, context_weight=0.7)
+    assert arm(causal, "causal context") == causal and arm(causal, "no AR term") == replace(causal, context_weight=0.0)
+    assert arm(causal, "block-causal context") == FULL and arm(causal, "AR twin") == arm(FULL, "AR twin")
+
+
+def test_next_tokens_are_not_trained_where_the_block_gives_them_away():
+    with pytest.raises(HildaError, match="context_weight = 0.5 trains next-token prediction where later tokens of the block are in sight; set causal_context"):
+        Recipe(LADDER, context_weight=0.5)
 
 
 def test_every_arm_has_as_many_steps_and_rows_a_step():

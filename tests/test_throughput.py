@@ -8,11 +8,12 @@ from hildalib import attention, throughput
 
 
 @pytest.mark.parametrize("length, block_size, copies", [(256, 8, 1), (300, 32, 3), (384, 384, 1), (512, 4, 2), (300, 1, 0), (257, 8, 0)])
-def test_tiles_cover_every_pair_that_the_mask_allows_and_no_query_twice(length, block_size, copies):
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_cover_every_pair_that_the_mask_allows_and_no_query_twice(length, block_size, copies, causal):
     docs = (torch.arange(length) >= length // 3).long()[None]
-    mask = attention.noisy_clean(length, block_size, docs, copies) if copies else attention.block_causal(length, block_size, docs)
+    mask = attention.noisy_clean(length, block_size, docs, copies, causal) if copies else attention.block_causal(length, block_size, docs)
     rebuilt, seen = torch.zeros_like(mask), torch.zeros(mask.shape[-1], dtype=torch.long)
-    for rows, keys, part in attention.tiles(mask, length, block_size, copies):
+    for rows, keys, part in attention.tiles(mask, length, block_size, copies, causal):
         rebuilt[:, :, rows] = rebuilt[:, :, rows].index_copy(3, keys, part)
         seen[rows] += 1
     assert torch.equal(rebuilt, mask) and (seen == 1).all()

@@ -167,6 +167,22 @@ def test_noise_on_masks_is_the_same_in_one_batch_and_in_accumulated_parts(tmp_pa
     assert torch.allclose(whole, parts, atol=2e-5) and not torch.allclose(whole, weights(run(tmp_path / "plain")[0]), atol=1e-3)
 
 
+@pytest.mark.parametrize("complementary", [True, False])
+def test_the_ar_term_of_a_causal_context_is_the_next_token_loss_of_the_targets(tmp_path, complementary):
+    """Computed apart in a plain causal forward; nothing where the clean half is dropped (block size L, or 1)."""
+    model, _ = tiny(sharpen=2.0)
+    for size in (1, 4, 16):
+        plain, with_term = (Recipe(BlockSchedule(stable=(size, 1)), batch_size=3, complementary=complementary, causal_context=True, context_weight=weight)
+                            for weight in (0.0, 0.6))
+        batch = batch_of(plain, documents=True)
+        without, loss = (trainer_of(model, recipe, tmp_path).compute_loss(model, batch) for recipe in (plain, with_term))
+        logits = model(input_ids=batch["input_ids"], attention_mask=attention.block_causal(16, 1, batch["doc_ids"])).logits[:, :-1].clone()
+        logits[..., MASK] = -torch.inf
+        where = (batch["doc_ids"][:, 1:] == batch["doc_ids"][:, :-1]) & batch["maskable"][:, 0, 1:]
+        expected = F.cross_entropy(logits[where], batch["input_ids"][:, 1:][where]) if size == 4 else 0.0
+        assert torch.isclose(loss - without, torch.as_tensor(0.6 * expected), atol=1e-5)
+
+
 def test_validation_loss_is_the_cross_entropy_of_the_seeded_masks():
     model, _ = tiny(sharpen=2.0)
     rows = as_rows(*text(5, documents=True))
