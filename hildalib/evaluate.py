@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
 from hildalib.decoding import Decoded, EditSettings, ar_decode, edit_decode
-from hildalib.decoding.edit import eos_ids
+from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
 

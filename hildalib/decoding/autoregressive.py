@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hildalib.decoding.edit import Decoded, check_context, eos_ids
+from hildalib.decoding.decoded import Decoded, check_context, eos_ids
 
 
 @torch.inference_mode()

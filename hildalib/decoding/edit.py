@@ -2,43 +2,18 @@
 
 Rows of a batch advance through their own blocks: a row that closes a block starts the next one while others still edit theirs,
 and finished rows leave the batch. Who is written and who is revised is for the rules of `EditSettings` to say.
-Entry points: `edit_decode`, `Decoded`.
+Entry point: `edit_decode`.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding import rules
+from hildalib.decoding.decoded import Decoded, blank, check_context, completion, eos_ids, left_padded
 from hildalib.decoding.reader import Reader
 from hildalib.decoding.settings import EditSettings
-from hildalib.decoding.trace import Recorder, Trace
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """ids (B, T) long: generated tokens only, EOS-padded on the right. forwards (B,): forwards each row took part in,
-    prefill and commits included. positions_fed (B,): positions it fed in them. trace: what happened, if asked for."""
-
-    ids: Tensor
-    forwards: Tensor
-    positions_fed: Tensor
-    trace: Trace | None = None
-
-
-def eos_ids(model) -> list[int]:
-    """The model's end-of-text ids, as a list."""
-    eos = model.config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def check_context(model, length: int) -> None:
-    """Raises HildaError when `length` positions exceed the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and length > limit:
-        raise HildaError(f"prompt and max_new_tokens need {length} positions, the model's context is {limit}; shorten the prompt or lower max_new_tokens")
+from hildalib.decoding.trace import Recorder
 
 
 class _Decode:
@@ -60,9 +35,7 @@ class _Decode:
         self.lengths, self.ends = lengths, lengths + settings.max_new_tokens
         slots = -(-int(self.ends.max()) // size) * size
         check_context(model, int(self.ends.max()))
-        self.canvas = torch.full((batch, slots), self.mask_id, device=device)
-        for row, length in enumerate(lengths.tolist()):  # left padding is dropped: position 0 is the first real token
-            self.canvas[row, :length] = prompt_ids[row, prompt_ids.shape[1] - length:]
+        self.canvas = blank(prompt_ids, lengths, slots, self.mask_id)
         self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
         self.reader = Reader(model, self.canvas, size, self.revise)
         self.start = lengths // size * size  # where each row's current block begins
@@ -214,22 +187,9 @@ def edit_decode(model, prompt_ids: Tensor, settings: EditSettings, *, attention_
     ids (B, max_new_tokens) cut after the first EOS. Prompt tokens never change, [MASK] never comes out. Raises HildaError
     on a model without a `hilda` record, a prompt longer than the context, or thresholds below 0.
     """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(prompt_ids)
-    lengths = attention_mask.long().sum(1)
-    if not torch.equal(attention_mask.long(), (torch.arange(prompt_ids.shape[1], device=prompt_ids.device) >= (prompt_ids.shape[1] - lengths)[:, None]).long()):
-        raise HildaError("attention_mask: prompts must be left-padded (zeros first, then ones)")
+    lengths = left_padded(prompt_ids, attention_mask)
     state = _Decode(model, prompt_ids, lengths, settings, generator, trace)
     while len(state.live):
         state.step()
-    return _collect(state, settings)
-
-
-def _collect(state: _Decode, settings: EditSettings) -> Decoded:
-    """Cuts the generated tokens out of the canvas and pads them with EOS after the first EOS."""
-    positions = state.lengths[:, None] + torch.arange(settings.max_new_tokens, device=state.canvas.device)
-    ids = state.canvas.gather(1, positions)
-    if len(state.eos):
-        after = torch.isin(ids, state.eos).long().cumsum(1) - torch.isin(ids, state.eos).long() > 0
-        ids = ids.masked_fill(after, int(state.eos[0]))
-    return Decoded(ids, state.reader.forwards, state.reader.fed, state.recorder.trace() if state.recorder else None)
+    return Decoded(completion(state.canvas, lengths, settings.max_new_tokens, state.eos), state.reader.forwards, state.reader.fed,
+                   state.recorder.trace() if state.recorder else None)

@@ -19,11 +19,13 @@ from hildalib.layout import selected_rows
 @dataclass(frozen=True)
 class Reading:
     """Logits of one forward, [MASK] barred. own (b, K, V): the open block's rows. last (b, V): what predicts the position after the
-    block, once it is closed. following (b, K, V) or None: the rows of the next block. hidden (b, K, V) or None: the shadow's."""
+    block, once it is closed. following (b, K, V) or None: the rows of the next block. copy (b, K, V) or None: those of the block's
+    causal copy. hidden (b, K, V) or None: the shadow's."""
 
     own: Tensor
     last: Tensor
     following: Tensor | None = None
+    copy: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -42,13 +44,13 @@ class _Part:
 class Reader:
     """The model, its cache and its account. Everything is in rows of the batch that still run, b of them."""
 
-    def __init__(self, model, canvas: Tensor, size: int, revision):
+    def __init__(self, model, canvas: Tensor, size: int, revision=None):
         record = model.config.hilda
         self.model, self.size, self.revision, self.length = model, size, revision, canvas.shape[1]
         self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
         self.causal = record.get("causal_context", False) and size > 1  # blocks of one are causal anyway
         self.shadow_at = 2 * size + self.causal * size  # its keys go behind whatever else stands behind the committed slots
-        self.cache = BlockCache(self.length + self.causal * 2 * size + (3 * size if revision.shadow else 0))
+        self.cache = BlockCache(self.length + self.causal * 2 * size + (3 * size if revision and revision.shadow else 0))
         self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
         self.forwards = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
         self.fed = torch.zeros_like(self.forwards)
@@ -87,10 +89,11 @@ class Reader:
         """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block."""
         return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted)
 
-    def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor) -> Reading:
+    def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
+             verify: bool = False) -> Reading:
         """The blocks of canvas (b, T) that begin at start (b,). ahead (b,) bool: the block has no mask, and if it stays as it is it is
         committed by this forward, which reads the next one too. spent (b,) bool: it will stay. shadowed (b,) bool: its tokens are to be
-        predicted without being seen. live (b,): the rows' numbers in the account."""
+        predicted without being seen. live (b,): the rows' numbers in the account. verify: the whole causal copy is wanted."""
         size = self.size
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
@@ -98,7 +101,7 @@ class Reader:
         copied = ahead & ~spent if self.causal else torch.zeros_like(ahead)
         self.count(live, size * (1 + ahead.long() + copied.long()) + shadowed.long() * shadow.count(size, self.shift))
         if self.causal and ahead.any():
-            parts = self._commit_and_read(canvas, start, ahead, bool((ahead & spent).all()))
+            parts = self._commit_and_read(canvas, start, ahead, bool((ahead & spent).all()), verify)
         else:
             parts = [self._in_place(canvas, self.positions(start, size * (2 if ahead.any() else 1)))]
         if shadowed.any():
@@ -109,9 +112,9 @@ class Reader:
             hidden = torch.cat([first, hidden], 1)
         if len(read) == 1:
             own, following = read[0][:, :size], read[0][:, size:] if ahead.any() else None
-            return Reading(own, own[:, -1], following, hidden)
+            return Reading(own, own[:, -1], following, hidden=hidden)
         commit, following = read[-2:]
-        return Reading(read[0], commit[:, -1], following, hidden)
+        return Reading(read[0], commit[:, -1], following, commit, hidden)
 
     def _prefill(self, canvas: Tensor, start: Tensor) -> Reading:
         """The first forward: the whole prompt blocks, committed, and the block after them."""
@@ -127,11 +130,12 @@ class Reader:
         self.carry = logits[:, 0]
         return Reading(logits[:, 1:], logits[:, -1])
 
-    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, final: bool) -> list[_Part]:
+    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, final: bool, whole: bool) -> list[_Part]:
         """Three parts: the open block once more, unless it is `final`; its causal copy, the commit; the next block.
 
         Where a row is `ahead` the copy takes the block's slots and the block itself stands behind the next one; elsewhere the block
-        keeps its slots, and the other two parts are there because a batch is one tensor: nothing sees them.
+        keeps its slots, and the other two parts are there because a batch is one tensor: nothing sees them. whole: logits of all
+        rows of the copy, not of its last only.
         """
         size, column = self.size, torch.arange(self.size, device=start.device)
         aside = 2 * size * ahead.long()[:, None]  # where the block stands, counted from start
@@ -142,7 +146,7 @@ class Reader:
             return _Part(canvas.gather(1, positions), positions, start[:, None] + at + column, lambda used: attention.spans(start, used, *seen), wanted)
 
         block = part(own, aside, (aside, aside + size))
-        commit = part(own, copy, (copy, copy + column + 1), wanted=None if final else torch.full_like(aside, size - 1))
+        commit = part(own, copy, (copy, copy + column + 1), wanted=None if final or whole else torch.full_like(aside, size - 1))
         begun = part(following, torch.full_like(aside, size), (copy, copy + size), (size, 2 * size))
         return [commit, begun] if final else [block, commit, begun]
 

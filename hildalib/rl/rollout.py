@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding import EditSettings, Trace, edit_decode
-from hildalib.decoding.edit import eos_ids
+from hildalib.decoding.decoded import eos_ids
 
 
 @dataclass(frozen=True)

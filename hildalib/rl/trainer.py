@@ -22,7 +22,7 @@ from torch import Tensor
 from hildalib import HildaError, backbones
 from hildalib.attention import TILED
 from hildalib.decoding import EditSettings
-from hildalib.decoding.edit import eos_ids
+from hildalib.decoding.decoded import eos_ids
 from hildalib.evaluate import left_pad
 from hildalib.rl import objectives
 from hildalib.rl.likelihood import States, denoising, elbo_states, mean_field, token_logp, trajectory
