@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import nbformat
@@ -79,11 +80,15 @@ def modules(code: list[str], library: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+_PARSER = threading.Lock()  # CPython 3.11 counts the parser's recursion once for all threads: two at a time raise SystemError
+
+
 def _parse(source: str) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except SyntaxError:  # a cell with a magic: its import lines still count
-        return ast.parse("\n".join(line for line in source.splitlines() if re.match(r"(from|import)\s[^(\\]*$", line)))
+    with _PARSER:
+        try:
+            return ast.parse(source)
+        except SyntaxError:  # a cell with a magic: its import lines still count
+            return ast.parse("\n".join(line for line in source.splitlines() if re.match(r"(from|import)\s[^(\\]*$", line)))
 
 
 def _imports(tree: ast.Module, package: str, wanted: str | None) -> list[tuple[str, str | None]]:
