@@ -158,6 +158,6 @@ print(f"{tokens:,} training tokens, {efficiency:.1%} packing efficiency")
 # %% [markdown]
 # ## What we learned
 #
-# Short documents waste most of a row when each has one to itself; packed, nearly every position holds a token, and the price is a mask that must know about documents. The picture of that mask is the whole idea of block diffusion: the lower right quarter is an autoregressive model that reads in blocks, the upper half is a masked model that looks back at it.
+# Short documents waste most of a row when each has one to itself; packed, nearly every position holds a token, and the price is a mask that must know about documents. The picture of that mask is the whole idea of block diffusion: the lower right quarter is an autoregressive model that reads in blocks (or, with `causal_context` in notebook 02, token by token), the upper half is a masked model that looks back at it.
 #
 # Next: [02 · Conversion](02_wsd.ipynb).

@@ -122,9 +122,9 @@ def changed(name):
 
 @pytest.mark.parametrize("name, expected", [
     ("dLLM", {}), ("no T2T", {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}), ("random T2T", {"draft_share": 0.0}),
-    ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}),
+    ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}), ("size-1 rows", {}),
     ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))}), ("complementary", {}), ("no keep", {"keep_weight": 0.0}),
-    ("suffix masks", {"suffix_share": 0.5}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3}),
+    ("suffix masks", {"suffix_share": 0.5}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3, "save_every": 1}),
     ("causal context", {"causal_context": True, "context_weight": 1.0}), ("block-causal context", {}), ("no AR term", {}),
     ("no mask noise", {"mask_noise_steps": 0}), ("stable stage", {"schedule": asdict(LADDER.with_stable_stage())})])
 def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
