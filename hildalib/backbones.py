@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from hildalib import HildaError, weights
 from hildalib.devices import choose_device, choose_dtype, device_report, prepare  # noqa: F401  (device_report is part of this surface)
+from hildalib.gated import gate, is_gated
 from hildalib.nano import MASK_TOKEN, nano, nano_config  # noqa: F401
 from hildalib.weights import fetch
 
@@ -270,7 +271,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quanti
     with _explained(folder / "adapter_model.safetensors"):
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     model.config.hilda = record["hilda"]
-    return model.eval(), tokenizer
+    return (gate(model) if record["hilda"].get("gated") else model).eval(), tokenizer
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------------------
@@ -278,8 +279,8 @@ def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quanti
 def save(model, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> Path:
     """Writes model and tokenizer as `folder`: complete or not at all; an earlier model there is replaced as a whole.
 
-    Plain models and merged copies of LoRA models become an ordinary Hugging Face folder (safetensors). A LoRA model on quantised weights
-    cannot be merged exactly: its adapter is saved with a note on its base, and `load` puts both together again.
+    Plain models and merged copies of LoRA models become an ordinary Hugging Face folder (safetensors). LoRA on quantised weights cannot be
+    merged exactly, LoRA on noisy rows (`gated.gate`) not at all: the adapter is saved with a note on its base, and `load` puts both together again.
     Raises HildaError if `folder` holds anything that is not a model, or cannot be written.
     """
     target = _recovered(Path(folder).resolve())
@@ -307,12 +308,12 @@ def save(model, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -
 def _write(model, folder: Path) -> None:
     if not hasattr(model, "peft_config"):
         weights.drop_gguf_traces(model).save_pretrained(folder)
-    elif getattr(model.config, "quantization_config", None) is None:
+    elif (quantized := getattr(model.config, "quantization_config", None)) is None and not is_gated(model):
         copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
     else:
-        quantized = model.config.quantization_config
-        record = {"base": model.get_base_model().name_or_path, "quantize": "nf4" if quantized.load_in_4bit else "int8", "hilda": model.config.hilda,
-                  "note": "LoRA adapter on quantised weights; hildalib.backbones.load of this folder loads the base and adds it"}
+        how = None if quantized is None else "nf4" if quantized.load_in_4bit else "int8"
+        record = {"base": model.get_base_model().name_or_path, "quantize": how, "hilda": model.config.hilda,
+                  "note": "LoRA adapter that is not merged into its base; hildalib.backbones.load of this folder loads the base and adds it"}
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

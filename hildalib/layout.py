@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hildalib import attention
+from hildalib.gated import noisy_rows
 from hildalib.noise import corrupt
 from hildalib.objective import predictable, source_rows
 
@@ -41,14 +42,15 @@ class Layout:
     positions: Tensor
     source: Tensor = field(repr=False)  # (C, L)
     clean: int | None = None  # first row of the clean half, where there is one beside noisy copies
+    autoregressive: bool = False  # the clean half is all there is
     tiles: list | None = field(default=None, repr=False)  # of `attention.tiles`
 
     @classmethod
     def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool, causal_context: bool = False) -> "Layout":
         """x0, docs (B, L); noisy (B, C, L). The clean half is dropped at block size L, the noisy one at shifted size 1."""
         batch, copies, length = noisy.shape
-        device, clean = x0.device, None
-        if block_size == 1 and label_shift:
+        device, clean, autoregressive = x0.device, None, block_size == 1 and label_shift
+        if autoregressive:
             ids, mask = x0, attention.block_causal(length, 1, docs)
             source = source_rows(length, length, True, clean=False)[:1].expand(copies, -1)
             parts, tiles = 1, attention.tiles(mask, length, 1, 0)
@@ -60,7 +62,7 @@ class Layout:
             source, parts, clean = source_rows(length, block_size, label_shift, copies=copies), copies + 1, copies * length
             tiles = attention.tiles(mask, length, block_size, copies, causal_context)
         positions = torch.arange(length, device=device).repeat(parts).expand(len(ids), -1)
-        return cls(ids, mask.to(device), positions, source.to(device), clean, tiles)
+        return cls(ids, mask.to(device), positions, source.to(device), clean, autoregressive, tiles)
 
     def rows(self, targets: Tensor) -> Tensor:
         """(n,) flat hidden rows that predict the True positions of targets (B, C, L), in row-major order."""
@@ -71,6 +73,12 @@ class Layout:
             flat = self.source[:1] + length * torch.arange(batch * copies, device=targets.device)[:, None]
             flat = flat.view(batch, copies, length)
         return flat[targets]
+
+    @property
+    def noisy(self) -> Tensor:
+        """(B, rows) bool, True = a row of a noisy copy; at shifted block size 1 there is none."""
+        end = self.ids.shape[1] if self.clean is None else self.clean
+        return (torch.arange(self.ids.shape[1], device=self.ids.device) < end * (not self.autoregressive)).expand(len(self.ids), -1)
 
     def context_rows(self, targets: Tensor) -> Tensor:
         """(m,) flat hidden rows of the clean half that predict the True positions of targets (B, L) as an AR model does."""
@@ -86,7 +94,7 @@ def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor 
     rows = layout.rows(targets)
     rows = rows if context is None else torch.cat([rows, layout.context_rows(context)])
     source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    with selected_rows(model, rows):
+    with selected_rows(model, rows), noisy_rows(model, layout.noisy):
         logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False, tiles=layout.tiles).logits[0].float()
     plain = getattr(model, "module", model)
     logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hildalib import HildaError, backbones
 from hildalib.attention import TILED
+from hildalib.gated import is_gated
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
@@ -284,6 +285,12 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
 
 def load_finished(model, folder: Path) -> None:
     """Weights and `hilda` record of a model that `train` has saved."""
+    if is_gated(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        model.config.hilda = model.config.hilda | json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))["hilda"]
+        return
     try:
         foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
         if foreign:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hildalib import attention
 from hildalib.decoding import shadow
 from hildalib.decoding.cache import BlockCache
+from hildalib.gated import noisy_rows
 from hildalib.layout import selected_rows
 
 
@@ -32,13 +33,14 @@ class Reading:
 @dataclass(frozen=True)
 class _Part:
     """Rows of a forward: ids, their positions and cache slots, each (b, Q); mask (b, 1, Q or 1, slots), filled in once the number of
-    slots is known; wanted: the columns that need logits, None for all, or (b, n) long."""
+    slots is known; wanted: the columns that need logits, None for all, or (b, n) long; clean (b, Q) or (1, 1) bool: rows that are context."""
 
     ids: Tensor
     positions: Tensor
     slots: Tensor
     mask: object  # slots in use -> mask
     wanted: Tensor | None = None
+    clean: Tensor | bool = False
 
 
 class Reader:
@@ -78,16 +80,18 @@ class Reader:
         mask = torch.cat([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
         index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
         index = [rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)]
-        with selected_rows(self.model, torch.cat(index, 1).flatten()):
+        noisy = torch.cat([~torch.as_tensor(part.clean, device=slots.device).expand(part.slots.shape) for part in parts], 1)
+        noisy &= self.size > 1 or not self.shift  # at shifted block size 1 every row is the AR model's
+        with selected_rows(self.model, torch.cat(index, 1).flatten()), noisy_rows(self.model, noisy):
             logits = self.model(input_ids=torch.cat([part.ids for part in parts], 1), position_ids=torch.cat([part.positions for part in parts], 1),
                                 attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
         logits = logits.view(len(slots), -1, logits.shape[-1])
         logits[..., self.mask_id] = -torch.inf
         return list(logits.split([rows.shape[1] for rows in index], 1))
 
-    def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, wanted: Tensor | None = None) -> _Part:
+    def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, wanted: Tensor | None = None, clean=False) -> _Part:
         """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block."""
-        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted)
+        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted, clean)
 
     def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
              verify: bool = False) -> Reading:
@@ -126,7 +130,7 @@ class Reader:
             ends = torch.where(positions < start[:, None], positions + 1, (positions // size + 1) * size)
             return (torch.arange(used, device=start.device) < ends[..., None])[:, None]
 
-        logits, = self._feed(self._in_place(canvas, positions, causal if self.causal else None, columns))
+        logits, = self._feed(self._in_place(canvas, positions, causal if self.causal else None, columns, positions < start[:, None]))
         self.carry = logits[:, 0]
         return Reading(logits[:, 1:], logits[:, -1])
 
@@ -142,11 +146,12 @@ class Reader:
         copy = 2 * size - aside
         own, following = self.positions(start, size), self.positions(start + size, size)
 
-        def part(positions: Tensor, at: Tensor, *seen, wanted: Tensor | None = None) -> _Part:
-            return _Part(canvas.gather(1, positions), positions, start[:, None] + at + column, lambda used: attention.spans(start, used, *seen), wanted)
+        def part(positions: Tensor, at: Tensor, *seen, **options) -> _Part:
+            return _Part(canvas.gather(1, positions), positions, start[:, None] + at + column, lambda used: attention.spans(start, used, *seen), **options)
 
         block = part(own, aside, (aside, aside + size))
-        commit = part(own, copy, (copy, copy + column + 1), wanted=None if final or whole else torch.full_like(aside, size - 1))
+        commit = part(own, copy, (copy, copy + column + 1), clean=True,
+                      wanted=None if final or whole else torch.full_like(aside, size - 1))
         begun = part(following, torch.full_like(aside, size), (copy, copy + size), (size, 2 * size))
         return [commit, begun] if final else [block, commit, begun]
 
@@ -171,7 +176,7 @@ class Reader:
     def recommit(self, canvas: Tensor, positions: Tensor) -> Tensor:
         """(b, Q, V) logits of the window, whose keys are what they would have been had it been written so from the start."""
         causal = lambda used: (torch.arange(used, device=positions.device) <= positions[..., None])[:, None]  # noqa: E731
-        return self._feed(self._in_place(canvas, positions, causal if self.causal else None))[0]
+        return self._feed(self._in_place(canvas, positions, causal if self.causal else None, clean=True))[0]
 
     def keep_rows(self, kept: Tensor) -> None:
         """`kept` (b,) long are the rows that go on."""

@@ -1,0 +1,104 @@
+"""Adapters on noisy rows: what reads clean rows is the frozen parent, in training, in decoding and after a round trip to disk."""
+
+import pytest
+import torch
+from tiny import MASK, as_rows, text, tiny
+
+from hildalib import HildaError, attention, backbones
+from hildalib.decoding import EditSettings, ar_decode, edit_decode, self_speculate
+from hildalib.gated import gate, is_gated
+from hildalib.layout import Layout, target_logits
+from hildalib.recipe import Recipe
+from hildalib.training import train
+from hildalib.wsd import BlockSchedule
+
+RECIPE = Recipe(BlockSchedule(stable=(4, 3)), batch_size=4, lr=1e-2, warmup_steps=0, causal_context=True, draft_share=0.5, log_every=1)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(parent, gated model with a random adapter, tokenizer)."""
+    backbones.save(*tiny(block_size=4, causal=True, sharpen=6.0), tmp_path / "parent")
+    parent, tokenizer = backbones.load(tmp_path / "parent", dtype="float32", device="cpu")
+    torch.manual_seed(0)  # peft draws from the global stream
+    model = gate(backbones.load(tmp_path / "parent", dtype="float32", device="cpu", lora=4)[0])
+    stir(model, 1)
+    return parent, model, tokenizer
+
+
+def stir(model, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+
+
+def test_without_noisy_rows_it_is_the_parent_and_on_them_it_is_not(pair):
+    parent, model, _ = pair
+    ids, docs = text(rows=2)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, parent(input_ids=ids).logits)
+        layout = Layout.build(ids, torch.full((2, 1, 16), MASK), docs, 4, True, True)
+        where = torch.ones(2, 1, 16, dtype=torch.bool)
+        context = torch.arange(16).expand(2, -1) > 0
+        ours, theirs = (target_logits(m, layout, where, context=context).split([32, 30]) for m in (model, parent))
+    assert torch.equal(ours[1], theirs[1]) and not torch.allclose(ours[0][:, 5:], theirs[0][:, 5:], atol=1e-2)
+
+
+def test_at_block_size_1_every_row_is_the_parents(pair):
+    parent, model, _ = pair
+    ids, docs = text(rows=2)
+    with torch.no_grad():
+        ours = target_logits(model, Layout.build(ids, ids[:, None], docs, 1, True, True), torch.ones(2, 1, 16, dtype=torch.bool))
+        theirs = parent(input_ids=ids, attention_mask=attention.block_causal(16, 1)).logits
+    assert torch.allclose(ours.view(2, 16, -1)[:, 1:, 5:], theirs[:, :-1, 5:], atol=1e-5)
+    prompt, settings = torch.tensor([[5, 6, 7]]), EditSettings(tau_edit=2.0, max_new_tokens=12, block_size=1)
+    twin = ar_decode(parent, prompt, max_new_tokens=12).ids[0]
+    assert torch.equal(edit_decode(model, prompt, settings).ids[0, :len(twin)], twin)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_self_speculation_writes_the_parents_text_whatever_the_adapter_drafts(pair, seed):
+    parent, model, _ = pair
+    stir(model, seed)
+    prompt = torch.tensor([[5, 6 + seed, 7, 8, 9]])
+    twin = ar_decode(parent, prompt, max_new_tokens=19).ids[0]
+    assert torch.equal(self_speculate(model, prompt, max_new_tokens=19).ids[0, :len(twin)], twin)
+
+
+def test_cached_decoding_gives_the_logits_of_the_training_layout(pair):
+    """One forward after the prompt: all masks of the open block, with the adapter, over a context without it."""
+    _, model, _ = pair
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    first = edit_decode(model, prompt, EditSettings(tau_mask=0.0, tau_edit=2.0, max_new_tokens=3)).ids[0]
+    canvas = torch.cat([prompt, torch.full((1, 3), MASK)], 1)
+    layout = Layout.build(canvas, canvas[:, None], torch.zeros_like(canvas), 4, True, True)
+    with torch.no_grad():
+        logits = target_logits(model, layout, (torch.arange(8) > 4)[None, None])
+    end = (first == 2).nonzero()[0, 0] + 1 if (first == 2).any() else 3
+    assert torch.equal(logits.argmax(-1)[:end], first[:end])
+
+
+def test_training_moves_the_adapter_only_and_disk_brings_it_back(pair, tmp_path):
+    parent, model, tokenizer = pair
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, tokenizer, as_rows(*text(12)), RECIPE, tmp_path / "run")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora_" in name or "trainable_tokens" in name for name in moved)
+    again, _ = backbones.load(tmp_path / "run" / "model", dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    finished = gate(backbones.load(tmp_path / "parent", dtype="float32", device="cpu", lora=4)[0])
+    stir(finished, 1)
+    train(finished, tokenizer, as_rows(*text(12)), RECIPE, tmp_path / "run")  # is done, and loaded
+    prompt, settings = torch.tensor([[5, 6, 7]]), EditSettings(tau_mask=0.3, tau_edit=0.3, max_new_tokens=12)
+    assert is_gated(again) and again.config.hilda["causal_context"]
+    for other in (again, finished):
+        assert torch.equal(edit_decode(other, prompt, settings).ids, edit_decode(model, prompt, settings).ids)
+    twin = ar_decode(parent, prompt, max_new_tokens=12).ids[0]
+    assert torch.equal(self_speculate(again, prompt, max_new_tokens=12).ids[0, :len(twin)], twin)
+
+
+def test_a_model_without_adapters_cannot_be_gated():
+    with pytest.raises(HildaError, match="only LoRA adapters can be kept to noisy rows"):
+        gate(tiny()[0])
