@@ -109,7 +109,7 @@ def test_load_keeps_the_plain_class_and_adds_one_row(tmp_path, family):
     assert type(model) is type(original) and model.config._attn_implementation == "sdpa" and not model.training
     rows = len(original.get_input_embeddings().weight)
     assert tokenizer.mask_token_id == rows == len(tokenizer) - 1 and model.config.vocab_size == rows + 1
-    assert model.config.hilda == {"mask_token_id": rows, "block_size": None, "label_shift": True, "stage": "ar", "parent": str(folder.resolve())}
+    assert model.config.hilda == {"mask_token_id": rows, "block_size": None, "label_shift": True, "causal_context": False, "stage": "ar", "parent": str(folder.resolve())}
     assert model.config.eos_token_id == tokenizer.eos_token_id == 2
     assert torch.equal(logits(model, letters())[..., :rows], logits(original, letters()))
 
