@@ -13,7 +13,7 @@ from torch import Tensor
 from hildalib import attention
 from hildalib.decoding import shadow
 from hildalib.decoding.cache import BlockCache
-from hildalib.gated import noisy_rows
+from hildalib.gated import is_gated, noisy_rows
 from hildalib.layout import selected_rows
 
 
@@ -80,14 +80,18 @@ class Reader:
         mask = torch.cat([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
         index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
         index = [rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)]
-        noisy = torch.cat([~torch.as_tensor(part.clean, device=slots.device).expand(part.slots.shape) for part in parts], 1)
-        noisy &= self.size > 1 or not self.shift  # at shifted block size 1 every row is the AR model's
-        with selected_rows(self.model, torch.cat(index, 1).flatten()), noisy_rows(self.model, noisy):
+        with selected_rows(self.model, torch.cat(index, 1).flatten()), noisy_rows(self.model, self._noisy(parts)):
             logits = self.model(input_ids=torch.cat([part.ids for part in parts], 1), position_ids=torch.cat([part.positions for part in parts], 1),
                                 attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
         logits = logits.view(len(slots), -1, logits.shape[-1])
         logits[..., self.mask_id] = -torch.inf
         return list(logits.split([rows.shape[1] for rows in index], 1))
+
+    def _noisy(self, parts: tuple[_Part, ...]) -> Tensor | None:
+        """(b, Q) True = not a row of the context, for a gated model; at shifted block size 1 every row is the AR model's."""
+        if not is_gated(self.model) or self.size == 1 and self.shift:
+            return None
+        return torch.cat([~torch.as_tensor(part.clean, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
 
     def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, wanted: Tensor | None = None, clean=False) -> _Part:
         """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block."""
