@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) and [02 · Conversion](02_wsd.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 20 seconds. Profile nano: 14 minutes on two threads.
+# **Time.** Smoke: about 20 seconds. Profile nano: 9 minutes on two threads.
 #
 # **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, `validation.csv`, two figures, and text that the models wrote.
 
@@ -167,6 +167,8 @@ artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
 
 # %% [markdown]
 # ## What we learned
+#
+# In three runs of profile nano a held-out answer cost 0.03 to 0.10 nats per masked token at t = 0.15 and 0.14 to 0.23 with all of a block masked, about what the last training steps cost: what is missing is training, not memory. A next-token loss on the context that counts three times (`context_weight`) was worth more than steps: with it 1,700 steps left Q mode 0.8, 3.2 and 2.8 points behind the twin; with weight 1, 2,000 steps left two of these runs 3.6 and 5.2 points behind (notebook 05, test prompts).
 #
 # All arms saw the same pairs in the same order for the same steps. The losses of the diffusion arms and of the twin are not comparable with each other (they predict different things); what the models can do is measured next, on prompts nobody has seen.
 #
