@@ -181,6 +181,6 @@ for name, row in presets.items():
 #
 # The surface shows what each threshold buys: a low tau_mask writes more tokens a forward and gets more of them wrong; a low tau_edit repairs that and pays for it in forwards that confirm.
 #
-# In three runs of profile nano editing repairs nearly everything. Without it (tau_edit 1) accuracy falls from 92.1 % at 3.4 tokens a forward (tau_mask 0.9) to 39.9 % at 5.6 (tau_mask 0.1); with tau_edit 0 it is 94.0 % wherever tau_mask stands, at 2.8 to 3.2 tokens a forward. So a careless first draft that is edited is both faster and better than a careful one (means over runs, validation prompts). Where the front lies is the answer for this model and this task, not a law.
+# In three runs of profile nano editing repairs nearly everything. Without it (tau_edit 1) accuracy falls from 92.1 % at 3.4 tokens a forward (tau_mask 0.9) to 39.9 % at 5.6 (tau_mask 0.1); with tau_edit 0 it is 94.0 % wherever tau_mask stands, at 2.8 to 3.2 tokens a forward. So a careless draft that is edited is as good as a careful one that is edited, and faster; beside a careful one that is not, it is 1.9 points better for a few more forwards (means over runs, validation prompts). Where the front lies is the answer for this model and this task, not a law.
 #
 # Next: [05 · Benchmarks](05_benchmarks.ipynb).
