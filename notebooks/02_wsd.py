@@ -211,7 +211,8 @@ summary
 # %%
 exact = {}
 for name in ("parent", *{"AR twin"} & {*arms}) if probe_task else ():
-    frame = evaluate.run(parent if name == "parent" else converted(name), tokenizer, tasks.load(probe_task), evaluate.autoregressive(probe_tokens),
+    reader = parent if name == "parent" else converted(name)
+    frame = evaluate.run(reader, tokenizer, tasks.load(probe_task), evaluate.autoregressive(probe_tokens),
                          limit=probe_items, split="validation", batch_size=64)
     exact[name] = frame.score.mean()
     print(f"{name:8} answers {exact[name]:.1%} of {len(frame)} validation prompts right")

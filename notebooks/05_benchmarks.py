@@ -141,7 +141,9 @@ origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": ite
           "interval": "95 % t over seeds" if len(tables) > 1 else "95 % Wilson over items",
           "device": str(models["dLLM"].device)}
 measure = "accuracy (stories: 1 − repetition)" if open_tasks else "accuracy"
-figures.save(figures.benchmarks(shown.rename(columns={"accuracy": measure}), score=measure), "05_benchmarks", means, profile=profile, seed=seed, provenance=origin)
+shown = shown.rename(columns={"accuracy": measure})
+figures.save(figures.benchmarks(shown, score=measure), "05_benchmarks", means,
+             profile=profile, seed=seed, provenance=origin)
 plt.show()
 
 # %%
