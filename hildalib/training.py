@@ -4,30 +4,24 @@ Block size 1 with shifted labels is the AR objective: the parent and every twin 
 tokens and steps. Entry points: `train` (resumes, saves, returns the log), `DiffusionTrainer`.
 """
 
-import hashlib
-import json
 import math
-import shutil
 import time
-import zipfile
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hildalib import HildaError, backbones
 from hildalib.attention import TILED
-from hildalib.gated import is_gated
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
+from hildalib.runs import claim, fingerprint, load_finished, publish, resumable
 from hildalib.wsd import merge_checkpoints
 
 BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)  # edges of the per-t loss curves
@@ -222,39 +216,6 @@ class ProgressLines(TrainerCallback):
         print(f"{self.title}  step {state.global_step}/{state.max_steps}{facts}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
 
 
-def _fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
-    """What a run depends on; a checkpoint of another fingerprint is never resumed."""
-    digest = hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode())
-    for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
-    return digest.hexdigest()[:32]
-
-
-def _claim(folder: Path, fingerprint: str) -> None:
-    """Makes `folder` this run's own: what another recipe, text or parent left there is removed."""
-    marker = folder / "fingerprint.txt"
-    if marker.exists() and marker.read_text(encoding="utf-8") != fingerprint:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(fingerprint, encoding="utf-8")
-
-
-def _resumable(folder: Path) -> str | None:
-    """The newest complete checkpoint; half-written ones (trainer_state.json is written last) and damaged ones are removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            for file in checkpoint.glob("*.safetensors"):
-                with safe_open(file, framework="pt"):
-                    pass
-            if all(map(zipfile.is_zipfile, (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))):  # torch.save writes zip archives
-                return str(checkpoint)
-            shutil.rmtree(checkpoint)
-        except (OSError, ValueError, SafetensorError):
-            shutil.rmtree(checkpoint)
-    return None
-
-
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
     log_every = min(recipe.log_every, recipe.schedule.total_steps)
     return TrainingArguments(
@@ -283,23 +244,6 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
     model.load_state_dict(merge_checkpoints(best), strict=False)
 
 
-def load_finished(model, folder: Path) -> None:
-    """Weights and `hilda` record of a model that `train` has saved."""
-    if is_gated(model):
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        model.config.hilda = model.config.hilda | json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))["hilda"]
-        return
-    try:
-        foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
-        if foreign:
-            raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}), e.g. a merged adapter; take it with backbones.load")
-        model.config.hilda = model.config.hilda | json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise HildaError(f"{folder} is damaged ({error}); delete {folder.parent} and run again: it is trained anew") from error
-
-
 def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, validation: dict[str, Tensor] | None = None,
           title: str = "train"):
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
@@ -317,7 +261,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
     arguments, log = _arguments(recipe, folder / "checkpoints", model.device), folder / "log.csv"
     if arguments.process_index == 0:
-        _claim(folder, _fingerprint(model, rows, recipe))
+        claim(folder, fingerprint(model, rows, recipe))
     with arguments.main_process_first(local=False):  # a barrier: the folder is ready before anyone looks into it
         finished = log.exists()  # written last, after the model
     if finished:
@@ -334,7 +278,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         tiled.set_attn_implementation(TILED)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    trainer.train(resume_from_checkpoint=_resumable(folder / "checkpoints"))
+    trainer.train(resume_from_checkpoint=resumable(folder / "checkpoints"))
     model.eval()
     for tiled in filter(None, (model, parent)):
         tiled.set_attn_implementation("sdpa")
@@ -348,12 +292,3 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         publish(model, tokenizer, history, folder)
     trainer.accelerator.wait_for_everyone()
     return history
-
-
-def publish(model, tokenizer, history, folder: Path) -> None:
-    """The finished run: model, then log.csv, whose presence says that the run is whole; checkpoints go last."""
-    backbones.save(model, tokenizer, folder / "model")
-    temporary = folder / "log.tmp"
-    history.to_csv(temporary, index=False)
-    temporary.replace(folder / "log.csv")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

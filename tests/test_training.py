@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny import MASK, as_rows, text, tiny, weights
 from transformers import Trainer
 
-from hildalib import HildaError, attention, backbones, training
+from hildalib import HildaError, attention, backbones, runs, training
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.recipe import NoisedRows, Recipe, arm, collate
 from hildalib.training import DiffusionTrainer, train
@@ -262,16 +262,16 @@ def test_half_written_and_damaged_checkpoints_are_removed_and_the_newest_whole_o
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global', encoding="utf-8")
     optimizer = tmp_path / "checkpoint-10" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-40])
-    assert training._resumable(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert runs.resumable(tmp_path) == str(tmp_path / "checkpoint-4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-    assert training._resumable(tmp_path / "nothing") is None
+    assert runs.resumable(tmp_path / "nothing") is None
 
 
 def test_a_run_whose_only_checkpoint_is_half_written_gives_the_bytes_of_a_fresh_one(tmp_path):
     model, _ = tiny(block_size=None)
     folder = tmp_path / "cut"
     (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-    (folder / "fingerprint.txt").write_text(training._fingerprint(model, as_rows(*text(12)), SHORT), encoding="utf-8")
+    (folder / "fingerprint.txt").write_text(runs.fingerprint(model, as_rows(*text(12)), SHORT), encoding="utf-8")
     assert torch.equal(weights(run(folder)[0]), weights(run(tmp_path / "fresh")[0]))
 
 

@@ -5,6 +5,7 @@ confirming forward are the commit; with a causal one (`hilda["causal_context"]`)
 Entry points: `Reader`, `Reading`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class _Part:
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    mask: object  # slots in use -> mask
+    mask: Callable[[int], Tensor]  # of the slots in use
     wanted: Tensor | None = None
     clean: Tensor | bool = False
 

@@ -73,7 +73,7 @@ class _Speculation:
 
 
 @torch.inference_mode()
-def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None, block_size: int | None = None) -> Decoded:
+def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None) -> Decoded:
     """The text of `ar_decode`, token for token (up to ties in floating point), in fewer forwards; arguments and result as in `edit_decode`.
 
     A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the first
@@ -81,7 +81,7 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
     2 more for each rejection. Raises HildaError for a model without a causal context, whose AR mode is not what commits a block.
     """
     record = getattr(model.config, "hilda", None) or {}
-    size = block_size or record.get("block_size") or 0
+    size = record.get("block_size") or 0
     if not record.get("causal_context") or not record["label_shift"] or size < 2:
         raise HildaError("self-speculation needs a shifted dLLM with a causal context and blocks of at least 2; convert one with causal_context: true")
     lengths = left_padded(prompt_ids, attention_mask)

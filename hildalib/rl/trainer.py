@@ -27,7 +27,8 @@ from hildalib.evaluate import left_pad
 from hildalib.rl import objectives
 from hildalib.rl.likelihood import States, denoising, elbo_states, mean_field, token_logp, trajectory
 from hildalib.rl.rollout import Rollout, sample, score, spliced
-from hildalib.training import load_finished, peak_memory_gb, publish
+from hildalib.runs import load_finished, publish
+from hildalib.training import peak_memory_gb
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""The folder of a training run: whose it is, where it goes on, and when it is whole.
+
+A finished run is folder/model and, written last, folder/log.csv; folder/checkpoints exists only while it runs.
+Entry points: `fingerprint`, `claim`, `resumable`, `load_finished`, `publish`.
+"""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hildalib import HildaError, backbones
+from hildalib.gated import is_gated
+from hildalib.recipe import Recipe
+
+
+def fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
+    """What a run depends on; a checkpoint of another fingerprint is never resumed."""
+    digest = hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()[:32]
+
+
+def claim(folder: Path, fingerprint: str) -> None:
+    """Makes `folder` this run's own: what another recipe, text or parent left there is removed."""
+    marker = folder / "fingerprint.txt"
+    if marker.exists() and marker.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(fingerprint, encoding="utf-8")
+
+
+def resumable(folder: Path) -> str | None:
+    """The newest complete checkpoint; half-written ones (trainer_state.json is written last) and damaged ones are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            for file in checkpoint.glob("*.safetensors"):
+                with safe_open(file, framework="pt"):
+                    pass
+            if all(map(zipfile.is_zipfile, (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")))):  # torch.save writes zip archives
+                return str(checkpoint)
+            shutil.rmtree(checkpoint)
+        except (OSError, ValueError, SafetensorError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def load_finished(model, folder: Path) -> None:
+    """Weights and `hilda` record of a model that `train` has saved."""
+    if is_gated(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        model.config.hilda = model.config.hilda | json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))["hilda"]
+        return
+    try:
+        foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
+        if foreign:
+            raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}), e.g. a merged adapter; take it with backbones.load")
+        model.config.hilda = model.config.hilda | json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise HildaError(f"{folder} is damaged ({error}); delete {folder.parent} and run again: it is trained anew") from error
+
+
+def publish(model, tokenizer, history, folder: Path) -> None:
+    """The finished run: model, then log.csv, whose presence says that the run is whole; checkpoints go last."""
+    backbones.save(model, tokenizer, folder / "model")
+    temporary = folder / "log.tmp"
+    history.to_csv(temporary, index=False)
+    temporary.replace(folder / "log.csv")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
