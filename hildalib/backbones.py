@@ -1,7 +1,7 @@
 """Backbones: a plain Hugging Face causal LM plus one atomic [MASK] token.
 
 Entry points: `load` and `save` (folder, hub id, .gguf file, "smollm2-135m", "nano"), `nano` (random init, character tokenizer),
-`forbidden_ids`, `context_limit`, `chat_prompt`; `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
+`with_lora`, `forbidden_ids`, `context_limit`, `chat_prompt`; `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
 file and the safetensors layout are the parent's; `config.hilda` is the only addition, so a dLLM loads anywhere without remote code.
 """
 
@@ -74,7 +74,7 @@ def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", 
         name = str(folder.resolve()) if Path(name).is_dir() else name
     _complete(model, tokenizer, name)
     model.name_or_path = name  # what an adapter remembers as its base
-    model = model if lora is None else _with_lora(model, lora)
+    model = model if lora is None else with_lora(model, lora)
     return model.eval(), tokenizer
 
 
@@ -250,8 +250,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 # --- adapters --------------------------------------------------------------------------------------------------------------------
 
-def _with_lora(model: PreTrainedModel, lora: int | dict):
-    """peft model: LoRA on every linear layer but the output head, plus the [MASK] embedding row (tied heads follow it)."""
+def with_lora(model: PreTrainedModel, lora: int | dict):
+    """`model` as a peft model: LoRA on every linear layer but the output head, plus the [MASK] embedding row (tied heads follow it)."""
     from peft import LoraConfig, get_peft_model
 
     chosen = {"r": lora, "lora_alpha": 2 * lora} if isinstance(lora, int) else dict(lora)  # alpha = 2r: updates keep their size over ranks

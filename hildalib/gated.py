@@ -1,11 +1,12 @@
 """LoRA that acts on noisy rows only, over a frozen autoregressive parent: what reads clean rows is the parent itself.
 
 The drafts of such a model are its adapter's, what verifies them is the parent, so self-speculation writes the parent's greedy text (the
-idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `noisy_rows`, `is_gated`.
+idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `noisy_rows`, `is_gated`; `read_clean`: the clean half, read once without a gradient.
 """
 
 import contextlib
 
+import torch
 from torch import Tensor
 
 from hildalib import HildaError
@@ -29,6 +30,8 @@ def gate(model):
 
     def only_there(_, __, out: Tensor) -> Tensor:
         rows = model.row_gate["rows"]
+        if rows is True:
+            return out
         return out * 0.0 if rows is None else out * rows[..., None].to(out.dtype)
 
     for name, module in model.named_modules():
@@ -39,8 +42,8 @@ def gate(model):
 
 
 @contextlib.contextmanager
-def noisy_rows(model, rows: Tensor | None):
-    """Within, adapters of a gated model act on `rows` (B, Q) bool; None: on no row. Nothing happens to other models."""
+def noisy_rows(model, rows: Tensor | bool | None):
+    """Within, adapters of a gated model act on `rows` (B, Q) bool; True: on every row, None: on none. Nothing happens to other models."""
     plain = getattr(model, "module", model)  # under DDP
     if not is_gated(plain):
         yield
@@ -50,3 +53,51 @@ def noisy_rows(model, rows: Tensor | None):
         yield
     finally:
         plain.row_gate["rows"] = before
+
+
+class CleanReading:
+    """What the frozen parent of a gated model makes of the clean half of a layout: keys, values, and hidden (B, L, D).
+
+    As `past_key_values` it shows noisy rows [their own keys | those of the clean half], the order of the layout's mask. Half of a step's
+    rows then cost one forward and no backward, and drafts, teacher and loss share them.
+    """
+
+    def __init__(self):
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.hidden: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        """Called by the attention layers; keys, values (B, heads, rows, D_head)."""
+        if self.hidden is None:
+            self.keys[layer], self.values[layer] = keys, values
+            return keys, values
+        return torch.cat([keys, self.keys[layer]], 2), torch.cat([values, self.values[layer]], 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked for where position ids are not given; they always are."""
+        return 0
+
+    def of(self, rows: Tensor) -> "CleanReading":
+        """The reading of `rows` (B,) bool alone."""
+        part = CleanReading()
+        part.keys, part.values = ({layer: value[rows] for layer, value in store.items()} for store in (self.keys, self.values))
+        part.hidden = self.hidden[rows]
+        return part
+
+
+@torch.no_grad()
+def read_clean(model, layout) -> CleanReading | None:
+    """The clean half of `layout` (layout.Layout), read by the parent; None where the model is not gated, the layout has no clean half, or
+    gradient checkpointing, which knows no `past_key_values`, is on."""
+    plain = getattr(model, "module", model)
+    if not is_gated(plain) or layout.clean is None:
+        return None
+    if plain.training and any(getattr(module, "gradient_checkpointing", False) for module in plain.modules()):
+        return None
+    reading, half, base = CleanReading(), layout.clean, plain.get_base_model()
+    with plain.disable_adapter():
+        out = getattr(base, base.base_model_prefix)(input_ids=layout.ids[:, half:], attention_mask=layout.mask[:, :, half:, half:],
+                                                    position_ids=layout.positions[:, half:], past_key_values=reading, use_cache=False)
+    reading.hidden = out.last_hidden_state
+    return reading

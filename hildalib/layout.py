@@ -1,6 +1,6 @@
 """One forward of block diffusion: the layout [noisy copies | clean], its mask, and the rows that predict each token.
 
-Entry points: `Layout.build`, `target_logits` (LM head only where a loss or a draft needs it), `validate`.
+Entry points: `Layout.build`, `target_logits` (LM head only where a loss or a draft needs it), `clean_logits`, `validate`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hildalib import attention
-from hildalib.gated import noisy_rows
+from hildalib.gated import CleanReading, noisy_rows, read_clean
 from hildalib.noise import corrupt
 from hildalib.objective import predictable, source_rows
 
@@ -86,17 +86,37 @@ class Layout:
         return row * self.ids.shape[1] + self.clean + position - 1
 
 
-def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor | None = None, context: Tensor | None = None,
+                  reading: CleanReading | None = None) -> Tensor:
     """(n, V) float logits of the True positions of targets (B, C, L), row-major, with [MASK] barred from the output.
 
-    context (B, L) bool: after them the next-token logits (m, V) of its True positions, from the clean half.
+    context (B, L) bool: after them the next-token logits (m, V) of its True positions, from the clean half. reading: what
+    `gated.read_clean` made of that half; only noisy rows are run then.
     """
     rows = layout.rows(targets)
     rows = rows if context is None else torch.cat([rows, layout.context_rows(context)])
-    source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-    with selected_rows(model, rows), noisy_rows(model, layout.noisy):
-        logits = model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False, tiles=layout.tiles).logits[0].float()
+    end = None if reading is None else layout.clean
+    width, at = layout.ids.shape[1], rows % layout.ids.shape[1]
+    run = rows if end is None else (rows // width * end + at)[at < end]
+    tiles = layout.tiles if end is None or layout.tiles is None else [tile for tile in layout.tiles if tile[0].start < end]
+    source = {"input_ids": layout.ids[:, :end]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[:, :end]}
+    with selected_rows(model, run), noisy_rows(model, layout.noisy if end is None else True):
+        logits = model(**source, attention_mask=layout.mask[:, :, :end], position_ids=layout.positions[:, :end], use_cache=False, tiles=tiles,
+                       past_key_values=reading).logits[0].float()
+    if end is not None:
+        fresh = logits
+        logits = fresh.new_empty(len(rows), fresh.shape[1])
+        logits[at < end], logits[at >= end] = fresh, clean_logits(model, reading, (rows // width)[at >= end], at[at >= end] - end)
     plain = getattr(model, "module", model)
+    logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
+    return logits
+
+
+@torch.no_grad()
+def clean_logits(model, reading: CleanReading, row: Tensor, position: Tensor) -> Tensor:
+    """(n, V) float: what the parent expects after `position` (n,) of clean rows `row` (n,), [MASK] barred."""
+    plain = getattr(model, "module", model)
+    logits = plain.get_output_embeddings()(reading.hidden[row, position]).float()
     logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
     return logits
 
@@ -121,8 +141,8 @@ def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bo
             noised = corrupt(x0, predictable(maskable, docs, label_shift), block_size=block_size, t=t, generator=generator,
                              mask_token_id=model.config.hilda["mask_token_id"], forbidden_ids=[])
             canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
-            targets = noised.mask_targets.to(model.device)
-            logits = target_logits(model, Layout.build(*canvas, block_size, label_shift, causal_context), targets[:, None])
+            targets, layout = noised.mask_targets.to(model.device), Layout.build(*canvas, block_size, label_shift, causal_context)
+            logits = target_logits(model, layout, targets[:, None], reading=read_clean(model, layout))
             total += F.cross_entropy(logits, x0.to(model.device)[targets], reduction="sum").item()
             count += noised.mask_targets.sum().item()
         out[t] = total / max(count, 1)

@@ -99,6 +99,8 @@ class Wsd(Training, Common):
     context_weight: float = field(1.0, "weight of the next-token loss on a causal context", low=0)
     copies: int = field(1, "noisy copies that share one clean copy", low=1)
     cap_weight: float = field(0.0, "weight of the confidence-aware loss (CAP)", low=0)
+    adapter_rank: int = field(0, "rank of adapters on noisy rows over the frozen parent; 0 trains every weight", low=0)
+    adapter_lr: float = field(0.0, "peak learning rate of adapters", low=0)
     mask_noise: float = field(0.1, "std of the noise on [MASK] embeddings at the start", low=0)
     mask_noise_steps: int = field(5, "steps until that noise has faded", low=0)
     merge_top_k: int = field(0, "best checkpoints to average at the end; 0 keeps the last weights", low=0)

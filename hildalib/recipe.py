@@ -26,6 +26,7 @@ class Recipe:
     the model's own argmax in `draft_turns` no-gradient turns. complementary: a second copy with the complement mask.
     ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
     causal_context: the clean half attends causally, so that it stays an AR model; context_weight: weight of its next-token loss.
+    adapter_rank: of LoRA on noisy rows alone over the frozen parent (`gated`), trained at adapter_lr; 0 trains every weight at lr.
     mask_noise: std of the Gaussian noise on [MASK] embeddings, fading to 0 over mask_noise_steps.
     """
 
@@ -56,6 +57,8 @@ class Recipe:
     kl_top_k: int = 16
     causal_context: bool = False
     context_weight: float = 0.0
+    adapter_rank: int = 0
+    adapter_lr: float = 0.0
     mask_noise: float = 0.0
     mask_noise_steps: int = 0
     precision: str = "float32"  # or "bfloat16": autocast over float32 weights
@@ -74,6 +77,8 @@ class Recipe:
         if self.context_weight and not self.causal_context:
             raise HildaError(f"context_weight = {self.context_weight} trains next-token prediction where later tokens of the block are in sight; "
                              "set causal_context to true, or context_weight to 0")
+        if self.adapter_rank and self.adapter_lr <= 0:
+            raise HildaError(f"adapter_rank = {self.adapter_rank} needs adapter_lr > 0, the peak learning rate of adapters")
 
     @property
     def global_batch(self) -> int:
@@ -83,11 +88,16 @@ class Recipe:
     def copies_used(self) -> int:
         return 2 if self.complementary else self.copies
 
-    @property
-    def cost(self) -> float:
-        """Forward passes over one clean row that a row of this recipe costs; a backward pass counts as two."""
-        drafts = self.draft_share * self.draft_turns * (self.copies_used + 1)
-        return 3 * (self.copies_used + 1) + drafts + (self.kl_weight > 0)
+    def cost(self, length: int | None = None) -> float:
+        """Forward passes over one clean row that a row of this recipe costs, mean over its steps; a backward pass counts as two.
+
+        Steps at block size `length` have no clean half, steps at (shifted) block size 1 nothing else; a teacher reads each row once more.
+        """
+        rows = 0.0
+        for size, steps in self.schedule.rungs():
+            alone = 1.0 if size == 1 and self.label_shift else self.ar_share
+            rows += steps * (alone + (1 - alone) * (self.copies_used + (size != length)))
+        return rows / self.schedule.total_steps * (3 + self.draft_share * self.draft_turns) + (self.kl_weight > 0)
 
 
 class NoisedRows(torch.utils.data.Dataset):
@@ -151,19 +161,19 @@ def noised_of(batch: dict) -> Noised:
     return Noised(*(batch[name].flatten(0, 1) for name in ("noisy_ids", "mask_targets", "edit_targets", "t", "maskable")))
 
 
-def arm(recipe: Recipe, name: str) -> Recipe:
+def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
     """`recipe` with one idea changed, for a comparison at equal tokens and steps; ARMS lists the names.
 
     "AR twin" keeps parent, text, optimiser, batch and number of steps, and trains next-token prediction. Any other name may end in
-    " at equal compute": then every rung is as much longer as a row is cheaper (`Recipe.cost`).
+    " at equal compute": then every rung is as much longer as a row of `length` tokens is cheaper (`Recipe.cost`).
     """
     if name.endswith(EQUAL_COMPUTE):
         changed = arm(recipe, name.removesuffix(EQUAL_COMPUTE))
-        return replace(changed, schedule=changed.schedule.scaled(recipe.cost / changed.cost))
+        return replace(changed, schedule=changed.schedule.scaled(recipe.cost(length) / changed.cost(length)))
     if name == "AR twin":
         steps = recipe.schedule.total_steps
         return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
-                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
+                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, adapter_rank=0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
     if name not in ARMS:
         raise HildaError(f"arm {name!r} is unknown; use one of {', '.join(ARMS)}")
     changes = ARMS[name](recipe)
@@ -187,6 +197,9 @@ ARMS = {
     "causal context": lambda r: {"causal_context": True, "context_weight": r.context_weight or 1.0},
     "block-causal context": lambda r: {"causal_context": False, "context_weight": 0.0},
     "no AR term": lambda r: {"context_weight": 0.0},
+    "all weights": lambda r: {"adapter_rank": 0, "context_weight": (r.context_weight or 1.0) * r.causal_context},
+    "gated adapters": lambda r: {"adapter_rank": r.adapter_rank or 32, "adapter_lr": r.adapter_lr or 2 * r.lr, "causal_context": True,
+                                 "context_weight": 0.0, "ar_share": 0.0, "schedule": r.schedule.without_size_one()},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},
     "checkpoint merge": lambda r: {"merge_top_k": r.merge_top_k or 3, "save_every": max(r.schedule.total_steps // 8, 1)},

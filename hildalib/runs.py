@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ from hildalib.recipe import Recipe
 
 
 def fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
-    """What a run depends on; a checkpoint of another fingerprint is never resumed."""
-    digest = hashlib.blake2b(json.dumps(asdict(recipe), sort_keys=True).encode())
+    """What a run depends on; a checkpoint of another fingerprint is never resumed. Choices left at their default do not count, so an option
+    that a later version adds throws no finished run away."""
+    chosen = {field.name: value for field, value in zip(fields(recipe), asdict(recipe).values()) if field.default is MISSING or value != field.default}
+    digest = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode())
     for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     return digest.hexdigest()[:32]

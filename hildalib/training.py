@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hildalib import HildaError, backbones
 from hildalib.attention import TILED
-from hildalib.layout import Layout, target_logits, validate
+from hildalib.gated import CleanReading, is_gated, read_clean
+from hildalib.layout import Layout, clean_logits, target_logits, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
@@ -83,40 +84,49 @@ class DiffusionTrainer(Trainer):
         return embeds + noise.to(embeds) * (layout.ids == self.hilda["mask_token_id"])[..., None]
 
     @torch.no_grad()
-    def _draft(self, model, batch: dict, noised: Noised) -> Noised:
+    def _draft(self, model, batch: dict, noised: Noised, reading: CleanReading | None) -> Noised:
         """Masks marked `fill` get the model's argmax (multi-turn forward); only rows with such masks are run."""
         batch_size, copies, length = batch["fill"].shape
         rows = batch["fill"].any(-1).any(-1)
         if not rows.any():
             return noised
         fill, x0, docs = batch["fill"][rows], batch["input_ids"][rows], batch["doc_ids"][rows]
+        read = None if reading is None else reading.of(rows)
 
         def predict(noisy: Tensor) -> Tensor:
             canvas = noisy.view(batch_size, copies, length).clone()
             layout = Layout.build(x0, canvas[rows], docs, batch["block_size"], self.recipe.label_shift, self.recipe.causal_context)
             drafted = canvas[rows]
-            drafted[fill] = target_logits(model, layout, fill).argmax(-1)
+            drafted[fill] = target_logits(model, layout, fill, reading=read).argmax(-1)
             canvas[rows] = drafted
             return canvas.flatten(0, 1)
 
         return own_drafts(noised, batch["fill"].flatten(0, 1), predict, self.recipe.draft_turns)
 
     @torch.no_grad()
-    def _teacher(self, batch: dict, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The frozen parent's top-k next-token (log probabilities, ids), each (n, k), for targets (B, C, L)."""
-        layout = Layout.build(batch["input_ids"], targets, batch["doc_ids"], 1, True)  # size 1, shifted: an AR forward
-        logp = target_logits(self.parent, layout, targets).log_softmax(-1)
-        return logp.topk(min(self.recipe.kl_top_k, logp.shape[-1]), dim=-1)
+    def _teacher(self, batch: dict, targets: Tensor, reading: CleanReading | None) -> tuple[Tensor, Tensor]:
+        """The frozen parent's top-k next-token (log probabilities, ids), each (n, k), for targets (B, C, L); a gated model carries its own."""
+        if reading is None:
+            layout = Layout.build(batch["input_ids"], targets, batch["doc_ids"], 1, True)  # size 1, shifted: an AR forward
+            logits = target_logits(self.parent, layout, targets)
+        else:
+            row, _, position = targets.nonzero(as_tuple=True)
+            logits = clean_logits(self.model, reading, row, position - 1)
+        return logits.log_softmax(-1).topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
+
+    def _layout(self, batch: dict, noisy_ids: Tensor) -> Layout:
+        return Layout.build(batch["input_ids"], noisy_ids.view(batch["noisy_ids"].shape), batch["doc_ids"], batch["block_size"],
+                            self.recipe.label_shift, self.recipe.causal_context)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         recipe, shape = self.recipe, inputs["noisy_ids"].shape
-        noised = self._draft(model, inputs, noised_of(inputs)) if recipe.draft_share else noised_of(inputs)
-        layout = Layout.build(inputs["input_ids"], noised.noisy_ids.view(shape), inputs["doc_ids"], inputs["block_size"], recipe.label_shift,
-                              recipe.causal_context)
+        reading = read_clean(model, self._layout(inputs, inputs["noisy_ids"]))
+        noised = self._draft(model, inputs, noised_of(inputs), reading) if recipe.draft_share else noised_of(inputs)
+        layout = self._layout(inputs, noised.noisy_ids)
         targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
         context = self._context(inputs) if recipe.context_weight and layout.clean is not None else None
         embeds = self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0])
-        logits, following = target_logits(model, layout, targets.view(shape), embeds, context).tensor_split([int(targets.sum())])
+        logits, following = target_logits(model, layout, targets.view(shape), embeds, context, reading).tensor_split([int(targets.sum())])
         labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
         nll = F.cross_entropy(logits, labels, reduction="none")
         token_loss, m2t = nll, noised.mask_targets[targets]
@@ -125,7 +135,7 @@ class DiffusionTrainer(Trainer):
             told = predictable(inputs["maskable"].flatten(0, 1), inputs["doc_ids"].repeat_interleave(shape[1], 0), True)  # the parent is shifted
             told &= noised.mask_targets
             spots = told[targets]
-            kl = parent_kl(logits[spots], *self._teacher(inputs, told.view(shape)))
+            kl = parent_kl(logits[spots], *self._teacher(inputs, told.view(shape), reading))
             token_loss[spots] = (1 - recipe.kl_weight) * nll[spots] + recipe.kl_weight * kl
             self._sums["kl"] += kl.detach().sum().item()
             self._sums["kl_n"] += len(kl)
@@ -220,7 +230,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
     log_every = min(recipe.log_every, recipe.schedule.total_steps)
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulate,
-        max_steps=recipe.schedule.total_steps, learning_rate=recipe.lr, lr_scheduler_type="cosine_with_min_lr",
+        max_steps=recipe.schedule.total_steps, learning_rate=recipe.adapter_lr if recipe.adapter_rank else recipe.lr, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.lr_floor}, warmup_steps=recipe.warmup_steps, weight_decay=recipe.weight_decay,
         optim=recipe.optimizer, adam_beta2=0.95,  # 0.999 averages over more steps than a short run has
         logging_first_step=True,
@@ -244,18 +254,28 @@ def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tenso
     model.load_state_dict(merge_checkpoints(best), strict=False)
 
 
+def _check_gated(recipe: Recipe) -> None:
+    """Raises HildaError for a recipe that asks something of clean rows, which the frozen parent reads."""
+    if not recipe.causal_context:
+        raise HildaError("adapters on noisy rows need causal_context: true, for the frozen parent reads the clean half as it always did")
+    if recipe.context_weight or recipe.ar_share or recipe.schedule.rungs()[0][0] == 1 and recipe.label_shift and recipe.schedule.rungs()[0][1]:
+        raise HildaError("adapters on noisy rows cannot learn from clean ones; set context_weight and ar_share to 0 and leave block size 1 out of the schedule")
+
+
 def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, validation: dict[str, Tensor] | None = None,
           title: str = "train"):
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
 
     rows: {"input_ids" long, "doc_ids" long, "maskable" bool}, each (N, L). parent: the frozen AR model, needed when
-    recipe.kl_weight > 0. validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. Under
+    recipe.kl_weight > 0 (a gated model is its own teacher: the parent under its adapters). validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. Under
     `torchrun` or `accelerate launch` recipe.batch_size is per process. An interrupted run with the same recipe, rows and
     weights continues from its last checkpoint; a finished one is loaded. Raises HildaError on an impossible recipe or a loss that is not a number.
     """
     import pandas as pd
 
-    if recipe.kl_weight and parent is None:
+    if is_gated(model):
+        _check_gated(recipe)
+    if recipe.kl_weight and parent is None and not is_gated(model):
         raise HildaError("kl_weight > 0 needs the frozen AR parent; pass parent=... or set kl_weight to 0")
     if recipe.merge_top_k and (validation is None or not recipe.save_every):
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")

@@ -69,6 +69,17 @@ class BlockSchedule:
         (size, steps), kept = self.decay[-1], self.stable[1]
         return BlockSchedule(self.warmup, (self.stable[0], kept + steps // 2), [*self.decay[:-1], (size, steps - steps // 2)])
 
+    def without_size_one(self) -> "BlockSchedule":
+        """The rungs at block size 1, where only clean rows learn, given to the rung after them. HildaError where none follows."""
+        rungs, waiting = [], 0
+        for size, steps in self.rungs():
+            rungs.append((size, 0 if size == 1 else steps + waiting * bool(steps)))
+            waiting = waiting + steps if size == 1 else waiting * (not steps)
+        if waiting:
+            raise HildaError("block schedule: no larger block size follows the steps at size 1")
+        split = len(self.warmup)
+        return BlockSchedule(rungs[:split], rungs[split], rungs[split + 1:])
+
     def check(self, length: int) -> "BlockSchedule":
         """Itself, or a HildaError naming the first size that does not divide the row length L."""
         for size, steps in self.rungs():

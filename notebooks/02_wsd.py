@@ -59,6 +59,8 @@ ar_share = 0.1
 cap_weight = 0.0
 kl_weight = 0.5
 kl_top_k = 16
+adapter_rank = 0
+adapter_lr = 0.0
 mask_noise = 0.1
 mask_noise_steps = 5
 optimizer = "adamw_torch_fused"
@@ -82,7 +84,7 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, nano, paths, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, layout, nano, paths, tasks
 from hildalib.decoding import EditSettings
 from hildalib.recipe import Recipe, arm
 from hildalib.training import train
@@ -109,6 +111,7 @@ if model == "nano":
     ar = Recipe(schedule=BlockSchedule(stable=(1, parent_steps)), batch_size=parent_batch, lr=parent_lr,
                 warmup_steps=min(50, parent_steps // 10), stage="ar", seed=seed, save_every=save_every)
     train(parent, tokenizer, rows["train"], ar, folder / "parent", title="AR parent")
+    parent.name_or_path = str(folder / "parent" / "model")
 print(f"{parent.num_parameters():,} parameters, {rows['train']['maskable'].sum():,} training tokens, "
       f"device {parent.device}")
 
@@ -145,15 +148,27 @@ noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
              mask_noise=mask_noise, mask_noise_steps=mask_noise_steps)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, cap_weight=cap_weight,
             kl_weight=kl_weight, kl_top_k=kl_top_k, label_shift=label_shift,
-            causal_context=causal_context, context_weight=context_weight)
+            causal_context=causal_context, context_weight=context_weight,
+            adapter_rank=adapter_rank, adapter_lr=adapter_lr)
 optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
                     precision=precision, gradient_checkpointing=gradient_checkpointing,
                     merge_top_k=merge_top_k, save_every=save_every)
 recipe = Recipe(schedule=schedule, ar_share=ar_share, stage="wsd", seed=seed, **noise, **loss, **optimisation)
-logs = []
+length, logs = rows["train"]["input_ids"].shape[1], []
+
+
+def start(rank: int):  # adapters act on noisy rows alone: what reads clean text stays the parent
+    model = copy.deepcopy(parent)
+    if rank:
+        torch.manual_seed(seed)
+        return gated.gate(backbones.with_lora(model, rank))
+    return model
+
+
 for name in arms:
-    log = train(copy.deepcopy(parent), tokenizer, rows["train"], arm(recipe, name), folder / name, parent=parent,
-                title=name, validation=rows["validation"])
+    changed = arm(recipe, name, length)
+    log = train(start(changed.adapter_rank), tokenizer, rows["train"], changed, folder / name,
+                parent=parent, title=name, validation=rows["validation"])
     logs.append(log.assign(arm=name))
 logs = pd.concat(logs, ignore_index=True)
 
@@ -253,7 +268,7 @@ print(answers.round(3).to_string(index=False) if verdicts else "no questions ask
 logs.drop(columns=["clean_tokens_per_s", "peak_memory_gb"]).to_csv(output / "losses.csv", index=False)
 validation.to_csv(output / "validation.csv", index=False)
 summary.to_csv(output / "summary.csv", index=False)
-clean_tokens = schedule.total_steps * recipe.global_batch * rows["train"]["input_ids"].shape[1]
+clean_tokens = schedule.total_steps * recipe.global_batch * length
 artefacts.write_metrics({"parent_loss": parent_loss, "working_block_size": working,
                          "steps": schedule.total_steps, "parameters": parent.num_parameters(),
                          "clean_tokens": clean_tokens, "exact": exact, "questions": verdicts,

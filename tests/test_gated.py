@@ -1,15 +1,17 @@
 """Adapters on noisy rows: what reads clean rows is the frozen parent, in training, in decoding and after a round trip to disk."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import MASK, as_rows, text, tiny
 
 from hildalib import HildaError, attention, backbones
 from hildalib.decoding import EditSettings, ar_decode, edit_decode, self_speculate
-from hildalib.gated import gate, is_gated
+from hildalib.gated import gate, is_gated, read_clean
 from hildalib.layout import Layout, target_logits
 from hildalib.recipe import Recipe
-from hildalib.training import train
+from hildalib.training import DiffusionTrainer, train
 from hildalib.wsd import BlockSchedule
 
 RECIPE = Recipe(BlockSchedule(stable=(4, 3)), batch_size=4, lr=1e-2, warmup_steps=0, causal_context=True, draft_share=0.5, log_every=1)
@@ -99,6 +101,93 @@ def test_training_moves_the_adapter_only_and_disk_brings_it_back(pair, tmp_path)
     assert torch.equal(self_speculate(again, prompt, max_new_tokens=12).ids[0, :len(twin)], twin)
 
 
+def loss_and_gradients(model, layout, targets, labels, reading):
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(target_logits(model, layout, targets, reading=reading), labels).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "token" not in name}
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("length", [16, 256])  # dense mask; tiles
+def test_the_clean_half_read_once_gives_the_logits_and_gradients_of_one_forward(pair, copies, length):
+    _, model, _ = pair
+    ids, docs = text(rows=3, length=length)
+    noisy = torch.where(torch.rand(3, copies, length, generator=torch.Generator().manual_seed(1)) < 0.5, MASK, ids[:, None])
+    targets = (noisy == MASK) & (torch.arange(length) > 0)
+    layout, labels = Layout.build(ids, noisy, docs, 4, True, True), ids[:, None].expand_as(noisy)[targets]
+    model.train().set_attn_implementation(attention.TILED)
+    reading = read_clean(model, layout)
+    ours, whole = target_logits(model, layout, targets, reading=reading), target_logits(model, layout, targets)
+    torch.testing.assert_close(ours, whole)
+    split, joint = (loss_and_gradients(model, layout, targets, labels, r) for r in (reading, None))
+    assert split.keys() == joint.keys() and all(torch.allclose(split[name], joint[name], atol=1e-6) for name in joint)
+    part = torch.tensor([True, False, True])
+    alone = Layout.build(ids[part], noisy[part], docs[part], 4, True, True)
+    torch.testing.assert_close(target_logits(model, alone, targets[part], reading=reading.of(part)), whole[targets.nonzero()[:, 0] != 1])
+
+
+def test_a_gated_model_is_its_own_teacher(pair, tmp_path):
+    """KL to a parent loaded beside it and to the parent under its adapters are one loss."""
+    parent, model, tokenizer = pair
+    rows, start = as_rows(*text(12)), {name: p.detach().clone() for name, p in model.named_parameters()}
+    recipe = replace(RECIPE, kl_weight=0.7, kl_top_k=4)
+    own = train(model, tokenizer, rows, recipe, tmp_path / "own")
+    model.load_state_dict(start, strict=False)
+    trainer_teacher = DiffusionTrainer._teacher
+
+    def told(self, batch, targets, reading):
+        return trainer_teacher(self, batch, targets, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionTrainer, "_teacher", told)
+        beside = train(model, tokenizer, rows, recipe, tmp_path / "beside", parent=parent)
+    assert own.kl.gt(0).all() and torch.allclose(torch.tensor(own.kl), torch.tensor(beside.kl), atol=1e-5)
+    assert torch.allclose(torch.tensor(own.loss), torch.tensor(beside.loss), atol=1e-5)
+
+
+def test_the_clean_half_is_read_in_the_one_forward_where_it_must_be(pair):
+    parent, model, _ = pair
+    ids, docs = text(rows=1)
+    noisy = torch.full((1, 1, 16), MASK)
+    assert read_clean(parent, Layout.build(ids, noisy, docs, 4, True, True)) is None  # all of its weights learn
+    assert read_clean(model, Layout.build(ids, noisy, docs, 1, True, True)) is None  # no clean half beside noisy rows
+    model.train().gradient_checkpointing_enable()
+    assert read_clean(model, Layout.build(ids, noisy, docs, 4, True, True)) is None
+
+
+@pytest.mark.parametrize("wrong, remedy", [({"causal_context": False}, "causal_context: true"), ({"context_weight": 1.0}, "context_weight and ar_share to 0"),
+                                           ({"ar_share": 0.1}, "ar_share"), ({"schedule": BlockSchedule([(1, 2)], (4, 3))}, "block size 1 out")])
+def test_a_recipe_that_wants_clean_rows_to_learn_is_refused(pair, tmp_path, wrong, remedy):
+    _, model, tokenizer = pair
+    with pytest.raises(HildaError, match=remedy):
+        train(model, tokenizer, as_rows(*text(12)), replace(RECIPE, **wrong), tmp_path)
+
+
 def test_a_model_without_adapters_cannot_be_gated():
     with pytest.raises(HildaError, match="only LoRA adapters can be kept to noisy rows"):
         gate(tiny()[0])
+
+
+@pytest.mark.parametrize("when", [2, 4])
+def test_an_interrupted_run_of_adapters_ends_where_an_undisturbed_one_does(pair, tmp_path, when):
+    _, model, tokenizer = pair
+    rows, recipe = as_rows(*text(24)), replace(RECIPE, schedule=BlockSchedule(decay=[(4, 6)]), kl_weight=0.5, save_every=2)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    whole = train(model, tokenizer, rows, recipe, tmp_path / "whole")
+    end = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(start, strict=False)
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step > when:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    training_step = DiffusionTrainer.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, tokenizer, rows, recipe, tmp_path / "cut")
+    model.load_state_dict(start, strict=False)
+    log = train(model, tokenizer, rows, recipe, tmp_path / "cut")
+    assert all(torch.equal(p, end[name]) for name, p in model.named_parameters())
+    assert log.loss.tolist() == whole.loss.tolist()

@@ -158,19 +158,41 @@ def test_the_ar_twin_sees_the_same_texts_in_the_same_order_as_next_token_predict
 
 
 def test_the_cost_of_a_row_by_hand():
-    plain = Recipe(LADDER)
-    assert plain.cost == 3 * 2  # noisy and clean half, forward and backward
-    assert replace(plain, copies=3).cost == 3 * 4 and replace(plain, complementary=True).cost == 3 * 3
-    assert replace(plain, kl_weight=0.5).cost == 6 + 1 and replace(plain, draft_share=0.5, draft_turns=2).cost == 6 + 0.5 * 2 * 2
+    plain = Recipe(BlockSchedule(decay=[(4, 10)]))
+    assert plain.cost() == 3 * 2  # noisy and clean half, forward and backward
+    assert replace(plain, copies=3).cost() == 3 * 4 and replace(plain, complementary=True).cost() == 3 * 3
+    assert replace(plain, kl_weight=0.5).cost() == 6 + 1 and replace(plain, draft_share=0.5, draft_turns=2).cost() == 6 + 0.5 * 2 * 2
+
+
+def test_the_cost_follows_the_rungs():
+    """Block size 1 is a plain next-token step; at full length nothing clean stands beside the noisy row."""
+    ladder = Recipe(BlockSchedule([(1, 10)], (16, 10), [(4, 20)]), draft_share=1.0)
+    assert ladder.cost(16) == (10 * 1 + 10 * 1 + 20 * 2) / 40 * (3 + 1)
+    assert ladder.cost() == (10 * 1 + 30 * 2) / 40 * (3 + 1)
+    assert replace(ladder, ar_share=0.25).cost(16) == (10 * 1 + 10 * 1 + 20 * (0.25 * 1 + 0.75 * 2)) / 40 * (3 + 1)
+    assert replace(ladder, label_shift=False).cost(16) == (10 * 2 + 10 * 1 + 20 * 2) / 40 * (3 + 1)  # unshifted, size 1 is no AR step
 
 
 def test_equal_compute_gives_a_cheaper_arm_more_steps():
-    recipe = replace(FULL, complementary=False, draft_share=0.0, schedule=BlockSchedule([(1, 6)], (16, 0), [(4, 60)]))  # 7 forwards a row, 6 without KL
-    longer = arm(recipe, "hard labels at equal compute")
-    assert longer.schedule.rungs() == [(1, 7), (16, 0), (4, 70)] and longer.kl_weight == 0
-    assert longer.schedule.total_steps * longer.cost == recipe.schedule.total_steps * recipe.cost
+    recipe = replace(FULL, complementary=False, draft_share=0.0, ar_share=0.0, schedule=BlockSchedule([(2, 6)], (16, 0), [(4, 60)]))  # 7 forwards a row
+    longer = arm(recipe, "hard labels at equal compute")  # 6
+    assert longer.schedule.rungs() == [(2, 7), (16, 0), (4, 70)] and longer.kl_weight == 0
+    assert longer.schedule.total_steps * longer.cost() == recipe.schedule.total_steps * recipe.cost()
+    full = arm(recipe, "full sequence at equal compute", 16)  # 4
+    assert full.schedule.rungs() == [(16, round(66 * 7 / 4))]
 
 
 def test_an_unknown_arm_is_an_error_that_lists_them():
     with pytest.raises(HildaError, match="arm 'dLM' is unknown; use one of dLLM, no T2T"):
         arm(FULL, "dLM")
+
+
+def test_adapters_learn_from_noisy_rows_at_their_own_rate():
+    gated = arm(replace(FULL, ar_share=0.2, causal_context=True, context_weight=1.0, schedule=BlockSchedule([(1, 6), (4, 2)], (16, 0), [(8, 4)])), "gated adapters")
+    assert gated.schedule.rungs() == [(1, 0), (4, 8), (16, 0), (8, 4)] and gated.context_weight == gated.ar_share == 0
+    assert gated.adapter_rank == 32 and gated.adapter_lr == 2 * FULL.lr
+    assert arm(gated, "AR twin").adapter_rank == arm(gated, "all weights").adapter_rank == 0
+    with pytest.raises(HildaError, match="adapter_lr > 0"):
+        replace(FULL, adapter_rank=8)
+    with pytest.raises(HildaError, match="no larger block size"):
+        BlockSchedule([(4, 2)], (1, 3)).without_size_one()

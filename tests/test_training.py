@@ -135,7 +135,7 @@ def test_a_draft_is_the_argmax_of_the_canvas_before_and_costs_rows_with_drafts_o
     batch["fill"][1] = False
     seen = []
     model.register_forward_hook(lambda module, _, kwargs, out: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
-    drafted = trainer._draft(model, batch, training.noised_of(batch))
+    drafted = trainer._draft(model, batch, training.noised_of(batch), None)
     layout = Layout.build(batch["input_ids"], batch["noisy_ids"], batch["doc_ids"], 4, True)
     expected = batch["noisy_ids"].clone()
     expected[batch["fill"]] = target_logits(model, layout, batch["fill"]).argmax(-1)
@@ -324,3 +324,10 @@ def test_a_slow_run_shows_its_steps_between_logs_and_a_log_is_never_swallowed(tm
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("slow")]
     assert [line.split()[2] for line in lines] == ["1/4", "2/4", "3/4", "4/4"] and all("ETA" in line for line in lines)
     assert ["m2t" in line for line in lines] == [True, True, False, True]  # step 1 is always logged, then every second
+
+
+def test_an_option_that_is_not_used_throws_no_finished_run_away():
+    """A choice at its default leaves the fingerprint alone; any other changes it."""
+    model, rows = tiny(block_size=None)[0], as_rows(*text(4))
+    before = runs.fingerprint(model, rows, SHORT)
+    assert before == runs.fingerprint(model, rows, replace(SHORT, merge_top_k=Recipe.merge_top_k)) != runs.fingerprint(model, rows, replace(SHORT, merge_top_k=2))
