@@ -1,6 +1,7 @@
-"""Two arms at equal tokens per forward: the best accuracy each reaches, and the difference with its interval over seeds.
+"""Arms side by side: the best accuracy each reaches at equal tokens per forward, and differences with their intervals over seeds.
 
-Entry points: `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure).
+Entry points: `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure); `differences` (any measure, seed
+by seed) and `verdicts` (all arms and measures on one page).
 """
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hildalib import HildaError
 from hildalib.intervals import mean_interval
-from hildalib.style import GREY, colours, end_labels, need, styled
+from hildalib.style import GREY, OKABE, colours, end_labels, need, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
 
@@ -24,13 +25,13 @@ def best_at(table: pd.DataFrame, tpf: np.ndarray) -> np.ndarray:
 
 
 def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:
-    """{"difference", "low", "high", "points", "reference", "tpf"}: mean accuracy of `reference` minus `other` at equal tokens per forward.
+    """{"difference", "low", "high", "seeds", "points", "reference", "tpf"}: mean accuracy of `reference` minus `other` at equal tokens per forward.
 
     table: columns arm, seed, tpf, accuracy, several settings an arm and seed. In each seed the two best-accuracy steps are
     compared over the speeds both reach; the interval is a 95 % t-interval over seeds (nan with one). tpf: (slowest, fastest).
     """
     need(table, "at_equal_tpf", "arm", "seed", "tpf", "accuracy")
-    differences, spans = [], []
+    gaps, spans = [], []
     for _, part in table.groupby("seed"):
         first, second = (part[part.arm == name] for name in (reference, other))
         if first.empty or second.empty:
@@ -38,10 +39,10 @@ def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:
         fastest = min(first.tpf.max(), second.tpf.max())
         slowest = min(max(first.tpf.min(), second.tpf.min()), fastest)  # arms whose speeds do not meet: the slower one's fastest
         speeds = np.linspace(slowest, fastest, POINTS)
-        differences.append(float(np.nanmean(best_at(first, speeds) - best_at(second, speeds))))
+        gaps.append(float(np.nanmean(best_at(first, speeds) - best_at(second, speeds))))
         spans.append((speeds[0], speeds[-1]))
-    mean, low, high = mean_interval(differences)
-    return {"difference": mean, "low": low, "high": high, "points": POINTS, "reference": reference, "tpf": (float(np.min(spans)), float(np.max(spans)))}
+    mean, low, high = mean_interval(gaps)
+    return {"difference": mean, "low": low, "high": high, "seeds": len(gaps), "points": POINTS, "reference": reference, "tpf": (float(np.min(spans)), float(np.max(spans)))}
 
 
 def difference_curve(table: pd.DataFrame, *, reference: str, other: str) -> pd.DataFrame:
@@ -86,4 +87,60 @@ def arms(table: pd.DataFrame, verdict: dict | None = None) -> Figure:
         low.fill_between(curve.tpf, curve.low, curve.high, color=colour[verdict["reference"]], alpha=0.2, linewidth=0, step="mid")
         low.plot(curve.tpf, curve.difference, color=colour[verdict["reference"]], drawstyle="steps-mid")
         low.set_ylabel("difference")
+    return fig
+
+
+def differences(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFrame:
+    """Every other arm minus `reference`, paired by seed: columns arm, difference, low, high (95 % t over seeds), seeds.
+
+    table: columns arm, seed and `value`, one row an arm and seed. Seeds that lack one of the two are left out.
+    """
+    need(table, "differences", "arm", "seed", value)
+    wide = table.pivot(index="seed", columns="arm", values=value)
+    if reference not in wide:
+        raise HildaError(f"differences needs rows of the arm {reference!r}; the table has {', '.join(map(str, wide))}")
+    others = [name for name in dict.fromkeys(table.arm) if name != reference]
+    gaps = {name: (wide[name] - wide[reference]).dropna() for name in others}
+    rows = [(name, *mean_interval(gap), len(gap)) for name, gap in gaps.items() if len(gap)]
+    return pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "seeds"])
+
+
+SIDES = {"higher": 1, "lower": -1}  # sign of a good difference
+TAIL = 0.8  # share of all interval ends that a panel shows in full; what lies beyond is an arrow and its number
+
+
+@styled
+def verdicts(table: pd.DataFrame, *, reference: str) -> Figure:
+    """All arms beside `reference`, a panel a measure: a dot and its interval, right of zero where the measure is higher.
+
+    Columns: measure, arm, difference, low, high, better ("higher" or "lower"). Filled blue: better for sure (the interval is on
+    that side of zero); filled vermillion: worse for sure; hollow grey: no answer, or a single seed.
+    """
+    need(table, "verdicts", "measure", "arm", "difference", "low", "high", "better")
+    names, measures = list(dict.fromkeys(table.arm)), list(dict.fromkeys(table.measure))
+    fig, axes = plt.subplots(1, len(measures), figsize=(1.6 + 2.5 * len(measures), 0.3 * len(names) + 1.2), sharey=True, squeeze=False)
+    for ax, measure in zip(axes[0], measures):
+        part = table[table.measure == measure]
+        edge = 1.15 * float(np.nanquantile(part[["difference", "low", "high"]].abs(), TAIL)) or 1.0
+        ax.axvline(0, color=GREY, linewidth=1)
+        for row in part.itertuples():
+            y, sign = names.index(row.arm), SIDES[row.better]
+            good, bad = min(row.low * sign, row.high * sign) > 0, max(row.low * sign, row.high * sign) < 0
+            colour = OKABE["blue"] if good else OKABE["vermillion"] if bad else GREY
+            ax.plot(np.clip([row.low, row.high], -edge, edge), [y, y], color=colour, linewidth=1.6)
+            if abs(row.difference) > edge:
+                side = np.sign(row.difference)
+                ax.plot(side * edge, y, ">" if side > 0 else "<", color=colour, markersize=6, clip_on=False)
+                ax.annotate(f"{row.difference:+.2g}", (side * edge, y), xytext=(-7 * side, 0), textcoords="offset points", fontsize=7, color=colour,
+                            va="center", ha="right" if side > 0 else "left")
+            else:
+                ax.plot(row.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if good or bad else "white")
+        ax.set_xlim(-edge, edge)
+        ax.set_title(f"{measure}\n({part.better.iloc[0]} is better)", fontsize=8.5)
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    fig.supxlabel(f"difference to {reference}, 95 % interval over seeds", fontsize=8)
     return fig

@@ -264,10 +264,38 @@ if probe:
 answers = pd.DataFrame([{"against": other, **verdict} for other, verdict in verdicts.items()])
 print(answers.round(3).to_string(index=False) if verdicts else "no questions asked")
 
+# %% [markdown]
+# All questions on one page. Answers over a few hundred prompts are noisy from one run to the next; the losses on the same held-out masks, against the same hard labels, are less so. Each difference is taken within a seed, from one parent. An arm that ends in *at equal compute* was given as many more (or fewer) steps as a step is cheaper (or dearer); the others had the first arm's steps.
+
 # %%
 logs.drop(columns=["clean_tokens_per_s", "peak_memory_gb"]).to_csv(output / "losses.csv", index=False)
 validation.to_csv(output / "validation.csv", index=False)
 summary.to_csv(output / "summary.csv", index=False)
+
+
+def every_seed(name: str) -> pd.DataFrame:
+    found = artefacts.seeds_done(profile, NOTEBOOK, name).items()
+    return pd.concat([pd.read_csv(path).assign(seed=number) for number, path in found], ignore_index=True)
+
+
+first = arms[0]
+masked = every_seed("validation.csv").groupby(["arm", "seed"], sort=False).loss.mean().reset_index()
+own = every_seed("summary.csv").query("arm != 'parent'")
+measures = [comparison.differences(masked, "loss", reference=first).assign(measure="loss on masked tokens (nats)"),
+            comparison.differences(own, "next_token_loss", reference=first).assign(measure="next-token loss (nats)")]
+measures = [part.assign(better="lower") for part in measures]
+if verdicts:
+    gaps = pd.DataFrame([(name, -v["difference"], -v["high"], -v["low"], v["seeds"]) for name, v in verdicts.items()],
+                        columns=["arm", "difference", "low", "high", "seeds"])
+    measures = [gaps.assign(measure="accuracy at equal tokens per forward", better="higher"), *measures]
+page = pd.concat(measures, ignore_index=True)
+if len(page):
+    figures.save(comparison.verdicts(page, reference=first), "02_questions", page, profile=profile, seed=seed,
+                 provenance=origin | {"seeds": page.seeds.max()})
+    plt.show()
+    print(page.round(3).to_string(index=False))
+
+# %%
 clean_tokens = schedule.total_steps * recipe.global_batch * length
 artefacts.write_metrics({"parent_loss": parent_loss, "working_block_size": working,
                          "steps": schedule.total_steps, "parameters": parent.num_parameters(),

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hildalib import HildaError
+from hildalib import HildaError, comparison
 from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at, difference_curve
+from hildalib.style import OKABE
 
 
 def table(**settings):
@@ -82,3 +83,22 @@ def test_the_figure_draws_every_setting_each_seed_and_their_mean():
     assert len(lower.lines) == 2 and lower.get_ylabel() == "difference"
     assert "a +0.100" in axes.get_title(loc="left") and {text.get_text() for text in axes.texts} == {"a", "b"}
     matplotlib.pyplot.close(figure)
+
+
+def test_differences_are_paired_by_seed():
+    table = pd.DataFrame({"arm": ["a", "b", "c"] * 3, "seed": [0, 0, 0, 1, 1, 1, 2, 2, 2], "loss": [1.0, 1.5, 0.9, 2.0, 2.5, 2.1, 3.0, 3.5, np.nan]})
+    found = comparison.differences(table, "loss", reference="a").set_index("arm")
+    assert found.loc["b"].tolist() == pytest.approx([0.5, 0.5, 0.5, 3])  # the spread of the seeds is not that of the difference
+    assert found.difference["c"] == pytest.approx(0.0) and found.seeds["c"] == 2 and found.low["c"] < -0.5
+    with pytest.raises(HildaError, match="rows of the arm 'd'"):
+        comparison.differences(table, "loss", reference="d")
+
+
+def test_the_page_of_verdicts_is_sure_only_where_the_interval_is_and_names_what_runs_off_it():
+    rows = [("loss", "worse", 0.5, 0.4, 0.6, "lower"), ("loss", "better", -0.3, -0.4, -0.2, "lower"), ("loss", "open", 0.1, -0.2, 0.4, "lower"),
+            ("loss", "far", 9.0, 8.0, 10.0, "lower"), ("loss", "single", 0.2, np.nan, np.nan, "lower")]
+    fig = comparison.verdicts(pd.DataFrame(rows, columns=["measure", "arm", "difference", "low", "high", "better"]), reference="dLLM")
+    ax = fig.axes[0]
+    dots = {int(line.get_ydata()[0]): line for line in ax.lines if line.get_marker() == "o"}
+    assert [dots[y].get_markerfacecolor() for y in (0, 1, 2, 4)] == [OKABE["vermillion"], OKABE["blue"], "white", "white"]
+    assert 3 not in dots and [text.get_text() for text in ax.texts] == ["+9"]
