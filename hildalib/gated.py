@@ -1,7 +1,7 @@
 """LoRA that acts on noisy rows only, over a frozen autoregressive parent: what reads clean rows is the parent itself.
 
 The drafts of such a model are its adapter's, what verifies them is the parent, so self-speculation writes the parent's greedy text (the
-idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `noisy_rows`, `is_gated`; `read_clean`: the clean half, read once without a gradient.
+idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `noisy_rows`, `is_gated`, `rank`; `read_clean`: the clean half, read once without a gradient.
 """
 
 import contextlib
@@ -15,6 +15,11 @@ from hildalib import HildaError
 def is_gated(model) -> bool:
     """Whether the adapters of `model` act on noisy rows only."""
     return hasattr(model, "row_gate")
+
+
+def rank(model) -> int:
+    """Rank of the adapters of a gated model, 0 for any other."""
+    return model.peft_config["default"].r if is_gated(model) else 0
 
 
 def gate(model):

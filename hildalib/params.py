@@ -119,6 +119,7 @@ class Sft(Training, Common):
     suffix_share: float = field(0.0, "share of blocks whose last positions are masked", low=0, high=1)
     ar_share: float = field(0.0, "share of steps at block size 1", low=0, high=1)
     context_weight: float = field(1.0, "weight of the next-token loss on a causal context", low=0)
+    adapter_lr: float = field(0.0, "peak learning rate of adapters, where 02 made the dLLM of them", low=0)
     kl_weight: float = field(0.0, "share of the AR twin's distribution in the M2T label", low=0, high=1)
     sample_task: str = field("arithmetic", "task whose prompts are answered at the end")
     sample_items: int = field(3, "how many", low=1)
@@ -138,6 +139,7 @@ class Decode(Common):
     max_new_tokens: int = field(32, "tokens of an answer", low=1)
     trace_prompts: int = field(2, "prompts whose traces the sliders show", low=1)
     chat: bool = field(False, "wrap prompts in the chat template")
+    judge: str = field("", "AR model whose likelihood is the quality of open text; empty for accuracy")
     tpf_q: float = field(2.0, "tokens a forward that preset Q must reach", low=0)
     tpf_s: float = field(3.0, "tokens a forward that preset S must reach", low=0)
 

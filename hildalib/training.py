@@ -6,6 +6,7 @@ tokens and steps. Entry points: `train` (resumes, saves, returns the log), `Diff
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -298,7 +299,9 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         tiled.set_attn_implementation(TILED)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    trainer.train(resume_from_checkpoint=resumable(folder / "checkpoints"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")  # each save of an adapter looks for its base's config.json on the hub
+        trainer.train(resume_from_checkpoint=resumable(folder / "checkpoints"))
     model.eval()
     for tiled in filter(None, (model, parent)):
         tiled.set_attn_implementation("sdpa")

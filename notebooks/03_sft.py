@@ -46,6 +46,7 @@ draft_share = 0.5
 draft_turns = 1
 ar_share = 0.0
 context_weight = 1.0
+adapter_lr = 0.0
 kl_weight = 0.0
 kl_top_k = 16
 optimizer = "adamw_torch_fused"
@@ -64,7 +65,7 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, evaluate, figures, layout, paths, tasks
+from hildalib import artefacts, backbones, evaluate, figures, gated, layout, paths, tasks
 from hildalib.decoding import settings_for
 from hildalib.recipe import Recipe, arm
 from hildalib.training import train
@@ -97,7 +98,7 @@ noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
              suffix_share=suffix_share, complementary=complementary,
              edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
 loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
-            context_weight=context_weight,
+            context_weight=context_weight, adapter_rank=gated.rank(first), adapter_lr=adapter_lr,
             **{key: first.config.hilda[key] for key in ("label_shift", "causal_context")})
 optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
                     precision=precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every)

@@ -38,6 +38,7 @@ max_post_steps = 4
 max_new_tokens = 32
 trace_prompts = 2
 chat = False
+judge = ""
 tpf_q = 2.0
 tpf_s = 3.0
 
@@ -50,13 +51,15 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, evaluate, figures, paths, tasks, widgets
+from hildalib import artefacts, backbones, evaluate, figures, intervals, paths, tasks, widgets
 from hildalib.decoding import PRESETS, EditSettings, edit_decode
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "04_decode"
 model, tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", arm, seed), dtype="float32")
 benchmark = tasks.load(task)
+referee = backbones.load(judge, dtype="float32") if judge else None
+measure = "likelihood of a token" if judge else "accuracy"
 print(f"block size {model.config.hilda['block_size']}, label shift {model.config.hilda['label_shift']}")
 
 # %% [markdown]
@@ -89,56 +92,65 @@ plt.show()
 # %% [markdown]
 # ## Quality against speed
 #
-# All pairs of thresholds on the same validation prompts. Tokens per forward (TPF) counts every forward: the prompt's, and the one that confirms each block.
+# All pairs of thresholds on the same validation prompts. Tokens per forward (TPF) counts every forward: the prompt's, and the one that confirms each block. The quality is the share of right answers; texts without a right answer have a `judge`, an AR model, and their quality is the likelihood of a token under it (the geometric mean over the text, averaged over texts).
 
 # %%
+def quality(frame: pd.DataFrame) -> pd.DataFrame:
+    row = evaluate.summary(frame)
+    if not judge:
+        return row
+    nats = pd.Series(evaluate.likelihood(*referee, frame.prompt.tolist(), frame.text.tolist())).dropna()
+    mean, low, high = intervals.mean_interval(np.exp(-nats))
+    return row.assign(**{measure: mean, "low": low, "high": high, "judge_nats": nats.mean()})
+
+
 rows = []
 for tau_mask, tau_edit in itertools.product(tau_masks, tau_edits):
     decoder = evaluate.diffusion(settings(tau_mask, tau_edit))
     frame = evaluate.run(model, tokenizer, benchmark, decoder, limit=items, seed=seed, split="validation",
                          batch_size=batch_size, chat=chat)
-    rows.append(evaluate.summary(frame).assign(tau_mask=tau_mask, tau_edit=tau_edit))
+    rows.append(quality(frame).assign(tau_mask=tau_mask, tau_edit=tau_edit))
     print(f"tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} "
-          f"accuracy {rows[-1].accuracy[0]:.3f}  TPF {rows[-1].tpf[0]:.2f}", flush=True)
-grid = pd.concat(rows, ignore_index=True).assign(quality=lambda table: table.accuracy, arm="dLLM")
+          f"{measure} {rows[-1][measure][0]:.3f}  TPF {rows[-1].tpf[0]:.2f}", flush=True)
+grid = pd.concat(rows, ignore_index=True).assign(arm="dLLM")
 
 # %% [markdown]
 # ## Presets for this model
 #
-# The published thresholds belong to other models. Ours: **Q** is the most accurate pair that writes at least `tpf_q` tokens a forward, **S** the most accurate with at least `tpf_s` (the fastest, if none is that fast). Chosen here on validation prompts, used on test prompts in notebook 05.
+# The published thresholds belong to other models. Ours: **Q** is the pair of the best quality that writes at least `tpf_q` tokens a forward, **S** the best with at least `tpf_s` (the fastest, if none is that fast). Chosen here on validation prompts, used on test prompts in notebook 05.
 
 # %%
-def most_accurate(floor: float) -> pd.Series:
+def best(floor: float) -> pd.Series:
     fast = grid[grid.tpf >= min(floor, grid.tpf.max())]
-    return fast.sort_values(["accuracy", "tpf"]).iloc[-1]
+    return fast.sort_values([measure, "tpf"]).iloc[-1]
 
 
-presets = {"Q": most_accurate(tpf_q), "S": most_accurate(tpf_s)}
+presets = {"Q": best(tpf_q), "S": best(tpf_s)}
 grid["preset"] = ""
 for name, row in presets.items():
     grid.loc[row.name, "preset"] = " and ".join(filter(None, [grid.preset[row.name], name]))
-columns = ["tau_mask", "tau_edit", "accuracy", "low", "high", "tpf", "nfe", "positions_fed", "preset"]
+columns = ["tau_mask", "tau_edit", measure, "low", "high", "tpf", "nfe", "positions_fed", "preset"]
 grid[columns].round(3)
 
 # %%
 named = {name: (row.tau_mask, row.tau_edit) for name, row in presets.items()}
 origin["items"] = items
-figures.save(figures.surface(grid, presets=named), "04_surface", grid, profile=profile, seed=seed, provenance=origin)
+figures.save(figures.surface(grid, quality=measure, presets=named), "04_surface", grid, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
 # %%
-figures.save(figures.pareto(grid), "04_pareto", grid, profile=profile, seed=seed, provenance=origin)
+figures.save(figures.pareto(grid, quality=measure), "04_pareto", grid, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
 # %% [markdown]
 # ## Can its confidence be believed?
 #
-# A token is written because it was probable. How often was it right? Right means: equal to the gold response at that position, for prompts whose gold response is unique.
+# A token is written because it was probable. How often was it right? Right means: equal to the gold response at that position, for prompts whose gold response is unique (stories have none).
 
 # %%
 items_seen = benchmark.items("validation", limit=items, seed=seed)
 confidences, right = [], []
-for item in items_seen[:min(items, 64)]:
+for item in items_seen[:min(items, 64)] if not judge else ():
     prompt = benchmark.prompt(item)
     trace = decode(backbones.chat_prompt(tokenizer, prompt) if chat else prompt, *named["Q"])
     gold = tokenizer(benchmark.response(item), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -147,11 +159,11 @@ for item in items_seen[:min(items, 64)]:
     written = ~np.isnan(trace.confidence[-1, 0, span])
     confidences += trace.confidence[-1, 0, span][written].tolist()
     right += (trace.ids[-1, 0, span] == np.array(gold[:span.stop - start]))[written].tolist()
-calibration = figures.calibration(confidences, right)
-origin["items"] = min(items, 64)
-figures.save(figures.confidence(calibration), "04_confidence", calibration,
-             profile=profile, seed=seed, provenance=origin)
-plt.show()
+if confidences:
+    calibration = figures.calibration(confidences, right)
+    figures.save(figures.confidence(calibration), "04_confidence", calibration, profile=profile, seed=seed,
+                 provenance=origin | {"items": min(items, 64)})
+    plt.show()
 
 # %% [markdown]
 # ## Drag the thresholds
@@ -162,19 +174,20 @@ plt.show()
 text_of = dict(zip(prompts, texts))
 traces = {point: decode(text_of[point[0]], *point[1:])
           for point in itertools.product(prompts, tau_masks, tau_edits)}
-widgets.explorer(traces, grid, tokens=pieces,
+widgets.explorer(traces, grid, tokens=pieces, quality=measure,
                  decode_again=lambda prompt, *thresholds: decode(text_of[prompt], *thresholds))
 
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
 grid.to_csv(output / "grid.csv", index=False)
 found = {name: {"tau_mask": float(row.tau_mask), "tau_edit": float(row.tau_edit),
-                "validation_accuracy": float(row.accuracy), "tpf": float(row.tpf)} for name, row in presets.items()}
-artefacts.write_metrics({"presets": found, "max_post_steps": max_post_steps, "items": items},
+                "validation": float(row[measure]), "tpf": float(row.tpf)} for name, row in presets.items()}
+artefacts.write_metrics({"presets": found, "measure": measure, "max_post_steps": max_post_steps,
+                         "items": items},
                         profile, NOTEBOOK, seed, model=model)
 for name, row in presets.items():
     print(f"{name}: tau_mask {row.tau_mask}, tau_edit {row.tau_edit}: "
-          f"accuracy {row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}] at {row.tpf:.2f} tokens per forward")
+          f"{measure} {row[measure]:.3f} [{row.low:.3f}, {row.high:.3f}] at {row.tpf:.2f} tokens per forward")
 
 # %% [markdown]
 # ## What we learned
