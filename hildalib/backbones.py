@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -134,11 +135,13 @@ def _explained(file: Path):
 
 @contextlib.contextmanager
 def _quiet():
-    """Loading a nano takes milliseconds: no progress bar of its own."""
+    """Loading a nano takes milliseconds: no progress bar of its own; and no warning about what peft asks of Transformers."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            yield
     finally:
         if shown:
             hf_logging.enable_progress_bar()
@@ -257,7 +260,8 @@ def with_lora(model: PreTrainedModel, lora: int | dict):
     chosen = {"r": lora, "lora_alpha": 2 * lora} if isinstance(lora, int) else dict(lora)  # alpha = 2r: updates keep their size over ranks
     options = {"target_modules": "all-linear", "trainable_token_indices": [model.config.hilda["mask_token_id"]], **chosen}
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+        with _quiet():
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
     except (TypeError, ValueError) as error:
         raise HildaError(f"lora={lora!r}: {error}; give a rank >= 1 or keyword arguments of peft.LoraConfig") from error
 
@@ -268,7 +272,7 @@ def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quanti
     with _explained(folder / ADAPTER_RECORD):
         record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
     base, tokenizer = load(record["base"], dtype=dtype, device=device, quantize=quantize or record["quantize"])
-    with _explained(folder / "adapter_model.safetensors"):
+    with _explained(folder / "adapter_model.safetensors"), _quiet():
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     model.config.hilda = record["hilda"]
     return (gate(model) if record["hilda"].get("gated") else model).eval(), tokenizer

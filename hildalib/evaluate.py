@@ -1,6 +1,6 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `summary` (one row a run, Wilson interval), `diffusion` and `autoregressive` (decoders),
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion` and `autoregressive` (decoders),
 `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
@@ -46,13 +46,17 @@ def generated_tokens(ids: Tensor, eos: list[int]) -> Tensor:
     return (ended.cumsum(1) - ended == 0).sum(1)
 
 
+def worded(task, tokenizer, prompts: list[str], chat: bool) -> list[str]:
+    """What the model is given: with `chat` each prompt as a user's turn, unless the task's prompts are openings that it is to continue."""
+    return [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat and not getattr(task, "CONTINUES", False) else prompts
+
+
 def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, seed: int = 0, split: str = "test",
         batch_size: int = 32, chat: bool = False) -> pd.DataFrame:
     """Decodes and scores `limit` items of a task split; one row an item.
 
     Columns: prompt, text, score in [0, 1], tokens (generated, first EOS included), forwards, positions_fed (prefill and
-    commits included), seconds and cpu_seconds (the batch's time, shared equally). chat: wrap prompts in the tokenizer's
-    chat template. Raises HildaError when the split is empty.
+    commits included), seconds and cpu_seconds (the batch's time, shared equally). chat: see `worded`. Raises HildaError when the split is empty.
     """
     items = task.items(split, limit=limit, seed=seed)
     if not items:
@@ -62,8 +66,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
     for start in range(0, len(items), batch_size):
         part = items[start:start + batch_size]
         prompts = [task.prompt(item) for item in part]
-        texts = [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat else prompts
-        ids, real = left_pad(tokenizer(texts, add_special_tokens=False)["input_ids"], eos[0])
+        ids, real = left_pad(tokenizer(worded(task, tokenizer, prompts, chat), add_special_tokens=False)["input_ids"], eos[0])
         wall, cpu = time.perf_counter(), time.process_time()
         decoded = decoder(model, ids.to(model.device), real.to(model.device))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

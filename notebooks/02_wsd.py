@@ -104,7 +104,7 @@ if model == "nano":
     parent, tokenizer = nano.nano(hidden, layers, seed=seed)
 else:
     parent, tokenizer = backbones.load(model, dtype="float32")
-vocabulary = parent.get_input_embeddings().num_embeddings
+vocabulary = len(parent.get_input_embeddings().weight)
 rows = {split: artefacts.load_rows(profile, "01_data", split, seed, vocab_size=vocabulary)
         for split in ("train", "validation")}
 if model == "nano":

@@ -87,7 +87,7 @@ converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd"
 starts = {name: name if name in {*converted, "AR twin"} else "dLLM" for name in arms}  # others differ from here on
 folders = {name: artefacts.model_folder(profile, "02_wsd", start, seed) for name, start in starts.items()}
 first, tokenizer = backbones.load(folders[arms[0]], dtype="float32")
-vocabulary = first.get_input_embeddings().num_embeddings
+vocabulary = len(first.get_input_embeddings().weight)
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 response_tokens = int(rows["maskable"].sum())
 print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; "

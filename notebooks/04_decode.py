@@ -69,7 +69,7 @@ print(f"block size {model.config.hilda['block_size']}, label shift {model.config
 
 # %%
 prompts = [benchmark.prompt(item) for item in benchmark.items("validation", limit=trace_prompts, seed=seed)]
-texts = [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat else prompts
+texts = evaluate.worded(benchmark, tokenizer, prompts, chat)
 
 
 def settings(tau_mask: float, tau_edit: float) -> EditSettings:
@@ -152,7 +152,7 @@ items_seen = benchmark.items("validation", limit=items, seed=seed)
 confidences, right = [], []
 for item in items_seen[:min(items, 64)] if not judge else ():
     prompt = benchmark.prompt(item)
-    trace = decode(backbones.chat_prompt(tokenizer, prompt) if chat else prompt, *named["Q"])
+    trace = decode(evaluate.worded(benchmark, tokenizer, [prompt], chat)[0], *named["Q"])
     gold = tokenizer(benchmark.response(item), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     start = int(trace.prompt_length[0])
     span = slice(start, min(start + len(gold), trace.ids.shape[2]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import EOS, tiny
 
-from hildalib import HildaError, evaluate
+from hildalib import HildaError, evaluate, tasks
 from hildalib.decoding import Decoded, EditSettings, ar_decode, edit_decode
 from hildalib.intervals import mean_interval, t_quantile, wilson
 
@@ -111,3 +111,16 @@ def test_seeds_are_joined_by_every_key():
     table = pd.DataFrame({"arm": ["a", "a"], "tau": [0.5, 0.9], "x": [1.0, 2.0]})
     joined = evaluate.across_seeds({0: table, 1: table.iloc[:1]}, ["arm", "tau"], ["x"])
     assert json.loads(joined[["arm", "tau", "n_seeds", "x"]].to_json(orient="values")) == [["a", 0.5, 2, 1.0], ["a", 0.9, 1, 2.0]]
+
+
+def test_an_opening_is_continued_and_a_question_is_asked():
+    """In a chat, prompts that open a text are not a user's turn."""
+    class Chatty:
+        chat_template = "x"
+
+        def apply_chat_template(self, turns, **_):
+            return f"<{turns[0]['content']}>"
+
+    assert evaluate.worded(tasks.load("arithmetic"), Chatty(), ["1+1="], True) == ["<1+1=>"]
+    assert evaluate.worded(tasks.load("arithmetic"), Chatty(), ["1+1="], False) == ["1+1="]
+    assert evaluate.worded(tasks.load("tinystories"), Chatty(), ["Once"], True) == ["Once"]

@@ -4,7 +4,8 @@ A task *is* its module: `load("arithmetic")` returns it. Every task has `name`, 
 changes), `items(split, limit=None, seed=0)`, `prompt(item)`, `response(item)` and `score(text, item)` in [0, 1], which is 0.0
 for anything hostile or unparsable, in bounded time, and evaluates the text nowhere but in the sandbox (code tasks raise HildaError
 where there is none). Procedural tasks also have `stream(seed)`, and `generator()`, which names package and version, where another
-package makes the questions; a task whose scores are costly also has `scores(texts, items)`, many at once.
+package makes the questions; a task whose scores are costly also has `scores(texts, items)`, many at once; one whose prompts are openings
+to be continued, not questions, says `CONTINUES`.
 Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`,
 `items_of`; for those of tasks with files `sampled`.
 """

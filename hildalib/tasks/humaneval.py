@@ -13,6 +13,7 @@ from hildalib.tasks import code
 
 name = "humaneval"
 version = 1
+CONTINUES = True  # a prompt is the head of a program, not a question
 
 SPLITS = ("test",)
 _FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")

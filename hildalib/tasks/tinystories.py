@@ -14,6 +14,7 @@ from hildalib import corpora, tasks
 
 name = "tinystories"
 version = 1
+CONTINUES = True  # a prompt is the opening of a text, not a question
 
 OPENING_WORDS = 20  # one or two sentences: the hero and the wish are named, the story is still open
 GRAM = 3  # words; common phrases ("there was a") repeat honestly as 2-grams, copied sentences already do as 3-grams
