@@ -190,7 +190,7 @@ def test_an_unknown_arm_is_an_error_that_lists_them():
 def test_adapters_learn_from_noisy_rows_at_their_own_rate():
     gated = arm(replace(FULL, ar_share=0.2, causal_context=True, context_weight=1.0, schedule=BlockSchedule([(1, 6), (4, 2)], (16, 0), [(8, 4)])), "gated adapters")
     assert gated.schedule.rungs() == [(1, 0), (4, 8), (16, 0), (8, 4)] and gated.context_weight == gated.ar_share == 0
-    assert gated.adapter_rank == 32 and gated.adapter_lr == 2 * FULL.lr
+    assert gated.adapter_rank == 64 and gated.adapter_lr == 2 * FULL.lr
     assert arm(gated, "AR twin").adapter_rank == arm(gated, "all weights").adapter_rank == 0
     with pytest.raises(HildaError, match="adapter_lr > 0"):
         replace(FULL, adapter_rank=8)
