@@ -1,14 +1,16 @@
 """What one notebook leaves for the next: rows as safetensors, numbers as metrics.json, models as folders.
 
 A missing or damaged artefact is one error that names the file and the command that makes it. Entry points: `save_rows`,
-`load_rows`, `model_folder`, `write_metrics`, `read_metrics`, `seeds_done`.
+`load_rows`, `model_folder`, `write_metrics`, `read_metrics`, `seeds_done`; `kept`, a table that an interrupted run need not make again.
 """
 
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -77,3 +79,16 @@ def seeds_done(profile: str, notebook: str, name: str) -> dict[int, Path]:
     root = paths.outputs_root() / profile
     found = {int(path.name[4:]): path / notebook / name for path in root.glob("seed*") if path.name[4:].isdigit()}
     return {seed: path for seed, path in sorted((found | {0: root / notebook / name}).items()) if path.exists()}
+
+
+def kept(path: Path, key: object, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table that an earlier run left at `path` for the same `key` (anything that JSON can write), else what `make` gives, left there."""
+    head = "# " + json.dumps(key, sort_keys=True) + "\n"
+    if path.exists():
+        with path.open(encoding="utf-8") as lines:
+            if lines.readline() == head:
+                return pd.read_csv(lines, float_precision="round_trip")
+    table, temporary = make(), path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(head + table.to_csv(index=False), encoding="utf-8")
+    os.replace(temporary, path)
+    return table

@@ -1,6 +1,6 @@
 """Arms side by side: the best accuracy each reaches at equal tokens per forward, and differences with their intervals over seeds.
 
-Entry points: `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure); `differences` (any measure, seed
+Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure); `differences` (any measure, seed
 by seed) and `verdicts` (all arms and measures on one page).
 """
 
@@ -22,6 +22,12 @@ def best_at(table: pd.DataFrame, tpf: np.ndarray) -> np.ndarray:
     reached = table.tpf.to_numpy()[None] >= tpf[:, None]
     best = np.where(reached, table.accuracy.to_numpy()[None], -np.inf).max(1)
     return np.where(np.isfinite(best), best, np.nan)
+
+
+def both(table: pd.DataFrame, reference: str, other: str) -> pd.DataFrame:
+    """The rows of two arms, in the seeds that have both: other runs of a profile may have been made with fewer arms."""
+    pair = table[table.arm.isin([reference, other])]
+    return pair[pair.groupby("seed").arm.transform("nunique") == 2]
 
 
 def at_equal_tpf(table: pd.DataFrame, *, reference: str, other: str) -> dict:

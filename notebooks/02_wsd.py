@@ -78,6 +78,7 @@ arms = ["dLLM", "no T2T", "AR twin"]
 # %%
 import copy
 import itertools
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -238,15 +239,25 @@ for name in ("parent", *{"AR twin"} & {*arms}) if probe_task else ():
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
 diffusion_arms = [name for name in arms if name != "AR twin"] if probe_task else []
-probe, models = [], {name: converted(name) for name in diffusion_arms if probe_masks}
-for name, tau_mask, tau_edit in itertools.product(diffusion_arms, probe_masks, probe_edits):
-    thresholds = {"tau_mask": tau_mask, "tau_edit": tau_edit}
-    decoder = evaluate.diffusion(EditSettings(**thresholds, max_new_tokens=probe_tokens))
-    frame = evaluate.run(models[name], tokenizer, tasks.load(probe_task), decoder, limit=probe_items,
-                         split="validation", batch_size=64)
-    probe.append(evaluate.summary(frame).assign(seed=seed, arm=name, **thresholds))
-    print(f"{name:16} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} "
-          f"accuracy {probe[-1].accuracy[0]:.3f}  TPF {probe[-1].tpf[0]:.2f}", flush=True)
+asked = {"task": probe_task, "items": probe_items, "masks": probe_masks, "edits": probe_edits, "tokens": probe_tokens}
+
+
+def answers_of(name: str) -> pd.DataFrame:
+    model, found = converted(name), []
+    for tau_mask, tau_edit in itertools.product(probe_masks, probe_edits):
+        decoder = evaluate.diffusion(EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_new_tokens=probe_tokens))
+        frame = evaluate.run(model, tokenizer, tasks.load(probe_task), decoder, limit=probe_items,
+                             split="validation", batch_size=64)
+        found.append(evaluate.summary(frame).assign(seed=seed, arm=name, tau_mask=tau_mask, tau_edit=tau_edit))
+        print(f"{name:16} tau_mask {tau_mask:<4} tau_edit {tau_edit:<4} "
+              f"accuracy {found[-1].accuracy[0]:.3f}  TPF {found[-1].tpf[0]:.2f}", flush=True)
+    return pd.concat(found, ignore_index=True)
+
+
+probe = []
+for name in diffusion_arms:  # an interrupted run keeps the arms it has asked
+    key = asked | {"run": (folder / name / "fingerprint.txt").read_text()}
+    probe.append(artefacts.kept(folder / name / "probe.csv", key, partial(answers_of, name)))
 
 # %%
 verdicts = {}
@@ -255,7 +266,7 @@ if probe:
     found = artefacts.seeds_done(profile, NOTEBOOK, "probe.csv").values()
     probes = pd.concat([pd.read_csv(path) for path in found], ignore_index=True)
     for other in diffusion_arms[1:]:
-        pair = probes[probes.arm.isin([diffusion_arms[0], other])]
+        pair = comparison.both(probes, diffusion_arms[0], other)
         verdicts[other] = comparison.at_equal_tpf(pair, reference=diffusion_arms[0], other=other)
         figures.save(comparison.arms(pair, verdicts[other]), f"02_{other.replace(' ', '_')}", pair,
                      profile=profile, seed=seed,

@@ -151,7 +151,7 @@ verdicts = {}
 for other in other_arms:
     found = artefacts.seeds_done(profile, NOTEBOOK, "questions.csv").values()
     sweeps = pd.concat([pd.read_csv(path) for path in found], ignore_index=True)
-    pair = sweeps[sweeps.arm.isin(["dLLM", other])]
+    pair = comparison.both(sweeps, "dLLM", other)
     verdicts[other] = verdict = comparison.at_equal_tpf(pair, reference="dLLM", other=other)
     figures.save(comparison.arms(pair, verdict), f"05_{other.replace(' ', '_')}", pair,
                  profile=profile, seed=seed, provenance=origin | {"items": sweep_items})

@@ -8,9 +8,10 @@ import subprocess
 import threading
 
 import nbformat
+import pandas as pd
 import pytest
 
-from hildalib import HildaError, book, execution, params, paths, stamps
+from hildalib import HildaError, artefacts, book, execution, params, paths, stamps
 from hildalib.execution import Kernel, compact
 from hildalib.params import field
 
@@ -314,3 +315,17 @@ def test_every_link_of_the_chain_points_backwards_and_has_a_record():
     assert set(names) == set(params.RECORDS)
     assert all(names.index(up) < names.index(name) for name in names for up in book.CHAIN[name])
     assert book.Book().upstream("05_benchmarks") == ["01_data", "02_wsd", "03_sft", "04_decode"]
+
+
+def test_a_table_is_made_again_only_for_another_key(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return pd.DataFrame({"x": [0.1 + 0.2, 1 / 3], "arm": ["a", "b, c"]})
+
+    first = artefacts.kept(tmp_path / "t.csv", {"items": 3}, make)
+    again = artefacts.kept(tmp_path / "t.csv", {"items": 3}, make)
+    assert len(made) == 1 and again.equals(first)  # to the last bit
+    artefacts.kept(tmp_path / "t.csv", {"items": 4}, make)
+    assert len(made) == 2 and not list(tmp_path.glob("*.tmp"))

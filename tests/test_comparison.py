@@ -102,3 +102,8 @@ def test_the_page_of_verdicts_is_sure_only_where_the_interval_is_and_names_what_
     dots = {int(line.get_ydata()[0]): line for line in ax.lines if line.get_marker() == "o"}
     assert [dots[y].get_markerfacecolor() for y in (0, 1, 2, 4)] == [OKABE["vermillion"], OKABE["blue"], "white", "white"]
     assert 3 not in dots and [text.get_text() for text in ax.texts] == ["+9"]
+
+
+def test_seeds_that_lack_an_arm_are_left_out():
+    rows = table(a=[(0, 1.0, 0.5), (1, 1.0, 0.5)], b=[(1, 1.0, 0.6)], c=[(0, 1.0, 0.1)])
+    assert comparison.both(rows, "a", "b").seed.tolist() == [1, 1] and comparison.both(rows, "b", "c").empty
