@@ -84,11 +84,8 @@ def seeds_done(profile: str, notebook: str, name: str) -> dict[int, Path]:
 def kept(path: Path, key: object, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table that an earlier run left at `path` for the same `key` (anything that JSON can write), else what `make` gives, left there."""
     head = "# " + json.dumps(key, sort_keys=True) + "\n"
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            if lines.readline() == head:
-                return pd.read_csv(lines, float_precision="round_trip")
-    table, temporary = make(), path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(head + table.to_csv(index=False), encoding="utf-8")
-    os.replace(temporary, path)
-    return table
+    if not path.exists() or not path.read_text(encoding="utf-8").startswith(head):
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(head + make().to_csv(index=False), encoding="utf-8")
+        os.replace(temporary, path)
+    return pd.read_csv(path, skiprows=1)  # also what has just been made: both then have the same digits
