@@ -85,7 +85,9 @@ class Progress:
         if any(seconds is None for seconds in self.expected.values()):
             return "ETA unknown before a first finished run"
         spent = {name: time.perf_counter() - facts["since"] for name, facts in self.active.items()}
-        left = [max(seconds - spent.get(name, 0.0), 0.0) for name, seconds in self.expected.items()]
+        if any(spent.get(name, 0.0) > seconds for name, seconds in self.expected.items()):
+            return "ETA unknown, this takes longer than the last time"
+        left = [seconds - spent.get(name, 0.0) for name, seconds in self.expected.items()]
         return f"ETA {duration(max(sum(left) / self.at_once, max(left, default=0.0)))}"
 
     def stream(self, name: str):

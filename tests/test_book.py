@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from hildalib import HildaError, artefacts, book, execution, params, paths, stamps
+from hildalib import HildaError, artefacts, book, execution, params, paths, progress, stamps
 from hildalib.execution import Kernel, compact
 from hildalib.params import field
 
@@ -329,3 +329,15 @@ def test_a_table_is_made_again_only_for_another_key(tmp_path):
     assert len(made) == 1 and again.equals(first)  # to the last bit
     artefacts.kept(tmp_path / "t.csv", {"items": 4}, make)
     assert len(made) == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_that_takes_longer_than_the_last_one_has_no_eta(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    shown = progress.Progress(2, {"a": 10.0, "b": 5.0})
+    with shown:
+        shown.start("a", "because", 3)
+        clock[0] = 4.0
+        assert shown.eta() == "ETA 0:11"
+        clock[0] = 11.0
+        assert shown.eta() == "ETA unknown, this takes longer than the last time"
