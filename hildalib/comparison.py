@@ -4,6 +4,8 @@ Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `diffe
 by seed) and `verdicts` (all arms and measures on one page).
 """
 
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -142,7 +144,7 @@ def verdicts(table: pd.DataFrame, *, reference: str) -> Figure:
             else:
                 ax.plot(row.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if good or bad else "white")
         ax.set_xlim(-edge, edge)
-        ax.set_title(f"{measure}\n({part.better.iloc[0]} is better)", fontsize=8.5)
+        ax.set_title(f"{fill(measure, 24)}\n({part.better.iloc[0]} is better)", fontsize=8.5)
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
