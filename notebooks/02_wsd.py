@@ -234,7 +234,7 @@ for name in ("parent", *{"AR twin"} & {*arms}) if probe_task else ():
     print(f"{name:8} answers {exact[name]:.1%} of {len(frame)} validation prompts right")
 
 # %% [markdown]
-# Each diffusion arm answers the same validation prompts over the same thresholds, straight after conversion, and is set beside the first arm at equal tokens per forward. Other seeds of this profile that have been run are included; with at least three the interval means something.
+# Each diffusion arm answers the same validation prompts over the same thresholds in blocks of the working size, straight after conversion, and is set beside the first arm at equal tokens per forward. Other seeds of this profile that have been run are included; with at least three the interval means something. Every question has its file in the folder of figures; the first few are shown.
 
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
@@ -245,7 +245,7 @@ asked = {"task": probe_task, "items": probe_items, "masks": probe_masks, "edits"
 def answers_of(name: str) -> pd.DataFrame:
     model, found = converted(name), []
     for tau_mask, tau_edit in itertools.product(probe_masks, probe_edits):
-        decoder = evaluate.diffusion(EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_new_tokens=probe_tokens))
+        decoder = evaluate.diffusion(EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, block_size=working, max_new_tokens=probe_tokens))
         frame = evaluate.run(model, tokenizer, tasks.load(probe_task), decoder, limit=probe_items,
                              split="validation", batch_size=64)
         found.append(evaluate.summary(frame).assign(seed=seed, arm=name, tau_mask=tau_mask, tau_edit=tau_edit))
@@ -260,18 +260,18 @@ for name in diffusion_arms:  # an interrupted run keeps the arms it has asked
     probe.append(artefacts.kept(folder / name / "probe.csv", key, partial(answers_of, name)))
 
 # %%
-verdicts = {}
+verdicts, SHOWN = {}, 3  # a page of all answers follows
 if probe:
     pd.concat(probe, ignore_index=True).to_csv(output / "probe.csv", index=False)
     found = artefacts.seeds_done(profile, NOTEBOOK, "probe.csv").values()
     probes = pd.concat([pd.read_csv(path) for path in found], ignore_index=True)
-    for other in diffusion_arms[1:]:
+    for number, other in enumerate(diffusion_arms[1:]):
         pair = comparison.both(probes, diffusion_arms[0], other)
         verdicts[other] = comparison.at_equal_tpf(pair, reference=diffusion_arms[0], other=other)
-        figures.save(comparison.arms(pair, verdicts[other]), f"02_{other.replace(' ', '_')}", pair,
-                     profile=profile, seed=seed,
+        figure = comparison.arms(pair, verdicts[other])
+        figures.save(figure, f"02_{other.replace(' ', '_')}", pair, profile=profile, seed=seed,
                      provenance=origin | {"items": probe_items, "seeds": pair.seed.nunique()})
-        plt.show()
+        plt.show() if number < SHOWN else plt.close(figure)
 answers = pd.DataFrame([{"against": other, **verdict} for other, verdict in verdicts.items()])
 print(answers.round(3).to_string(index=False) if verdicts else "no questions asked")
 

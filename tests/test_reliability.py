@@ -50,7 +50,8 @@ def contents(folder):
         if path.suffix == ".safetensors":
             found[name] = {key: value.numpy().tobytes() for key, value in load_file(path).items()}
         elif path.suffix == ".csv" and path.name != "log.csv":
-            found[name] = pd.read_csv(path).drop(columns=MEASURED, errors="ignore").to_csv()
+            key = path.read_text(encoding="utf-8").startswith("# ")  # a kept table says in its first line what it answers
+            found[name] = pd.read_csv(path, skiprows=int(key)).drop(columns=MEASURED, errors="ignore").to_csv()
         elif path.suffix == ".bin" and "shard" in path.name:
             found[name] = path.read_bytes()
     return found
