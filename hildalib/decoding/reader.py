@@ -206,7 +206,7 @@ class Reader:
         yield
         if self.carry is not None:
             carry = self.carry.new_zeros(len(self.cache.keys[0]), self.carry.shape[1]) if carry is None else carry
-            carry[rows] = self.carry
+            carry = carry.index_copy(0, rows, self.carry)
         self.carry, self.cache.only = carry, None
 
     def keep_rows(self, kept: Tensor) -> None:

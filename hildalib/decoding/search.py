@@ -24,8 +24,8 @@ JUDGES = ("first", "block", "end", "write")
 @dataclass(frozen=True)
 class SearchSettings:
     """Choices of a search. beams: how many survive (the paper's K, 3 to 8). children: candidates a beam; beams * children of them share what
-    beams there are. temperature: of the Gumbel noise on the masks of all children but each beam's first, which writes what the beam would have
-    written alone (ours; the paper searches 0.2 to 1 for each task). scorer: a name in SCORERS or one like them. judge: when candidates compete:
+    beams there are. temperature: of the Gumbel noise on the masks of all children but each beam's first, which writes what the model prefers (ours; the
+    paper searches 0.2 to 1 for each task); an only child is as noisy as its parent. scorer: a name in SCORERS or one like them. judge: when candidates compete:
 
     first: after the block's first forward, each judged by its guess of the whole block; then the survivors write on. This is the published
     schedule. block: when their blocks are finished (ours: a guess from nothing but masks is no block yet). end: once, at the end: with one beam
@@ -39,7 +39,7 @@ class SearchSettings:
 
     beams: int = 4
     children: int = 4
-    temperature: float = 0.5
+    temperature: float = 1.0
     scorer: str | Callable[[Candidates], Tensor] = "halves"
     judge: str = "block"
     accumulate: bool = True
@@ -141,6 +141,11 @@ class _Search(BlockLoop):
         """(b,) mean log-probability a token."""
         return self.total / self.count.clamp(min=1)
 
+    def _texts(self) -> list[tuple[int, ...]]:
+        """What tells one beam from another: its canvas, of a finished one what comes out."""
+        ends = completion(self.canvas, self.lengths, self.settings.max_new_tokens, self.eos).tolist()
+        return [tuple(end if done else row) for row, end, done in zip(self.canvas.tolist(), ends, self.done.tolist())]
+
     def _slots(self) -> Tensor:
         """(b, K) positions of the blocks that are being written or judged."""
         return self.begun[:, None] + torch.arange(self.size, device=self.begun.device)
@@ -210,14 +215,14 @@ class _Search(BlockLoop):
         pairs = top.values.masked_fill(~masked[..., None], 0).double().log()
         value = ((self.total[:, None, None] + pairs) / (self.count[:, None, None] + 1)).flatten(1)
         value = torch.cat([value, self._value()[:, None].masked_fill(~self.done[:, None], -torch.inf)], 1)  # last: as it is
-        kept = []
+        before, kept = self._texts(), []
         for rows in self._groups():
             ranked, order = value[rows].flatten().sort(descending=True, stable=True)
             texts = set()
             for number in order[ranked > -torch.inf].tolist():
                 row, choice = rows[0] + number // value.shape[1], number % value.shape[1]
                 column, rank = divmod(choice, top.indices.shape[-1])
-                text = self.canvas[row].tolist()
+                text = list(before[row])
                 if column < self.size:
                     text[int(slots[row, column])] = int(top.indices[row, column, rank])
                 if tuple(text) not in texts:
@@ -248,9 +253,9 @@ class _Search(BlockLoop):
         """Equal beams become one, those whose blocks `ids` (b, K) have rivals are judged, and of each prompt the best go on."""
         if self.search.judge != "end":
             likelihood = confidence.double().log().masked_fill(~self._counted(ids), 0).sum(-1).tolist()
-            canvas, kept = self.canvas.tolist(), []
+            texts, kept = self._texts(), []
             for rows in self._groups():
-                likeliest = {tuple(canvas[row]): row for row in sorted(rows, key=lambda row: likelihood[row])}  # of equal texts the last stays
+                likeliest = {texts[row]: row for row in sorted(rows, key=lambda row: likelihood[row])}  # of equal texts the last stays
                 kept += sorted(likeliest.values())
             ids, confidence = ids[kept], confidence[kept]
             self._take(kept)
@@ -313,7 +318,7 @@ def explore(model, prompt_ids: Tensor, settings: EditSettings, choices: SearchSe
 
 
 def order_token_search(model, prompt_ids: Tensor, settings: EditSettings, choices: SearchSettings, *, attention_mask: Tensor | None = None,
-           generator: torch.Generator | None = None) -> Decoded:
+                       generator: torch.Generator | None = None) -> Decoded:
     """The best beam of `explore`. With one beam and one child (judge "write": one beam) it is `edit_decode`, token for token and forward for
     forward ("write": with one token a forward)."""
     return explore(model, prompt_ids, settings, choices, attention_mask=attention_mask, generator=generator).best()
