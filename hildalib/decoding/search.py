@@ -5,6 +5,7 @@ whose blocks see nothing to their right (`scorers`). Entry points: `order_token_
 `SearchSettings`, `Beams`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -250,7 +251,7 @@ class _Search(BlockLoop):
         return generated & (self._slots() < self.ends[:, None]) & (ended.cumsum(-1) - ended == 0)
 
     def _prune(self, ids: Tensor, confidence: Tensor) -> None:
-        """Equal beams become one, those whose blocks `ids` (b, K) have rivals are judged, and of each prompt the best go on."""
+        """Equal beams become one (samples stay, judged once), blocks `ids` (b, K) with a rival are judged, and of each prompt the best go on."""
         if self.search.judge != "end":
             likelihood = confidence.double().log().masked_fill(~self._counted(ids), 0).sum(-1).tolist()
             texts, kept = self._texts(), []
@@ -259,10 +260,15 @@ class _Search(BlockLoop):
                 kept += sorted(likeliest.values())
             ids, confidence = ids[kept], confidence[kept]
             self._take(kept)
-        rivals = self.open & (torch.bincount(self.payer, minlength=len(self.found))[self.payer] > 1)
-        if rivals.any():
-            rows = rivals.nonzero().squeeze(1)
-            self._judge(rows, ids[rows], confidence[rows], self._counted(ids)[rows])
+        own, first = list(zip(self.payer.tolist(), self._texts())), {}
+        equal = [first.setdefault(text, row) for row, text in enumerate(own)]
+        texts, alike = Counter(payer for payer, _ in first), self.search.score is not path  # equal texts have paths of their own
+        opened = self.open.tolist()
+        rows = [row for row, (payer, _) in enumerate(own) if opened[row] and texts[payer] > 1 and (not alike or equal[row] == row)]
+        if rows:
+            self._judge(torch.tensor(rows, device=ids.device), ids[rows], confidence[rows], self._counted(ids)[rows])
+        if alike:
+            self.total, self.count = self.total[equal], self.count[equal]
         if self.search.judge != "end":
             self._take([row for rows in self._groups() for row in self._ranked(rows)[:self.search.beams]])
 
@@ -283,11 +289,14 @@ class _Search(BlockLoop):
         return sorted(rows, key=lambda row: -value[row])
 
     def _retire(self) -> None:
-        """Prompts all of whose beams are finished leave."""
-        done, value, kept = self.done.tolist(), self._value().tolist(), []
+        """Prompts all of whose beams are finished leave, each text once (samples as often as drawn)."""
+        done, value, texts, kept = self.done.tolist(), self._value().tolist(), self._texts(), []
         for rows in self._groups():
             if all(done[row] for row in rows):
-                self.found[int(self.payer[rows[0]])] = [(value[row], self.canvas[row].clone()) for row in self._ranked(rows)]
+                first: dict[object, int] = {}
+                for row in self._ranked(rows):
+                    first.setdefault(row if self.search.judge == "end" else texts[row], row)
+                self.found[int(self.payer[rows[0]])] = [(value[row], self.canvas[row].clone()) for row in first.values()]
             else:
                 kept += rows
         if len(kept) < len(done):
