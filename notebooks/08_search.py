@@ -86,7 +86,7 @@ def record(arm: str, decoder, *, model: str = "dLLM", base: str = "", candidates
 # What a forward buys when it is spent on care: a higher threshold, or edits (presets S and Q of notebook 04, chosen on validation prompts). Self-speculation writes what the model's own AR mode would, in fewer forwards. The twin decodes with one beam and with several.
 
 # %%
-for tau_mask in tau_masks:
+for tau_mask in sorted({*tau_masks, draft}):
     record("one draft", evaluate.diffusion(settings(tau_mask, 1.0)), judge=f"tau {tau_mask}")
 for mode, preset in sorted(chosen["presets"].items()):
     record(f"dLLM {mode}", evaluate.diffusion(settings(preset["tau_mask"], preset["tau_edit"])))
@@ -117,7 +117,7 @@ bases = {DRAFTS: settings(draft, 1.0),
 
 def search(base: str, beams: int, children: int, judge: str, arm: str = "search", when: str = "block"):
     choices = SearchSettings(beams=beams, children=children, temperature=temperature, scorer=judge,
-                             judge=when)
+                             prune=when)
     record(arm, evaluate.searching(bases[base], choices, seed), base=base, candidates=choices.width,
            judge=judge)
 
@@ -141,7 +141,7 @@ def counted(ids: torch.Tensor) -> str:
 
 def sample(base: str, count: int):
     kept = []
-    choices = SearchSettings(beams=1, children=count, temperature=temperature, scorer="path", judge="end")
+    choices = SearchSettings(beams=1, children=count, temperature=temperature, scorer="path", prune="end")
     record("best sample", evaluate.searching(bases[base], choices, seed, kept), base=base, candidates=count,
            judge="path")
     again = iter(kept)

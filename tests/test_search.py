@@ -17,7 +17,7 @@ from hildalib.decoding import Beams, EditSettings, SearchSettings, ar_decode, ed
 from hildalib.decoding.scorers import SCORERS
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
-JUDGES = ("first", "block", "end", "write")
+PRUNES = ("first", "block", "end", "write")
 
 
 def endless(seed=0, **options):
@@ -40,14 +40,15 @@ def noise(seed=0):
 # ---- one beam -------------------------------------------------------------------------------------------------------------------
 
 @hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), size=st.sampled_from([1, 2, 4]), shift=st.booleans(), causal=st.booleans(), tau_mask=st.sampled_from([0.0, 0.3, 0.6, 2.0]),
-       tau_edit=st.sampled_from([0.0, 0.3, 2.0]), new=st.sampled_from([1, 6, 13]), judge=st.sampled_from(JUDGES[:3]))
-def test_4_one_beam_is_greedy_decoding_alone_and_in_a_batch(seed, size, shift, causal, tau_mask, tau_edit, new, judge):
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([1, 2, 4]), shift=st.booleans(), causal=st.booleans(),
+       tau_mask=st.sampled_from([0.0, 0.3, 0.6, 2.0]), tau_edit=st.sampled_from([0.0, 0.3, 2.0]),
+       new=st.sampled_from([1, 6, 13]), prune=st.sampled_from(PRUNES[:3]))
+def test_4_one_beam_is_greedy_decoding_alone_and_in_a_batch(seed, size, shift, causal, tau_mask, tau_edit, new, prune):
     model, _ = tiny(seed % 9, shift=shift, causal=causal, block_size=size, sharpen=7.0)
     batch, real = padded([torch.randint(FIRST, 15, (n,), generator=noise(seed)) for n in (3, 8, 1)])
     settings = EditSettings(tau_mask=tau_mask, tau_edit=tau_edit, max_post_steps=3, max_new_tokens=new)
     greedy = edit_decode(model, batch, settings, attention_mask=real)
-    beam = order_token_search(model, batch, settings, SearchSettings(beams=1, children=1, judge=judge), attention_mask=real)
+    beam = order_token_search(model, batch, settings, SearchSettings(beams=1, children=1, prune=prune), attention_mask=real)
     assert all(torch.equal(getattr(greedy, name), getattr(beam, name)) for name in ("ids", "forwards", "positions_fed"))
 
 
@@ -58,7 +59,7 @@ def test_4_one_path_is_greedy_decoding_with_one_token_a_forward(seed, shift, cau
     batch, real = padded([torch.randint(FIRST, 15, (n,), generator=noise(seed)) for n in (3, 8)])
     settings = EditSettings(tau_mask=2.0, tau_edit=2.0, max_new_tokens=new, sub_block=sub_block)
     greedy = edit_decode(model, batch, settings, attention_mask=real)
-    path = order_token_search(model, batch, settings, SearchSettings(beams=1, judge="write", scorer="path"), attention_mask=real)
+    path = order_token_search(model, batch, settings, SearchSettings(beams=1, prune="write", scorer="path"), attention_mask=real)
     assert all(torch.equal(getattr(greedy, name), getattr(path, name)) for name in ("ids", "forwards", "positions_fed"))
 
 
@@ -94,7 +95,7 @@ def test_a_wide_beam_finds_the_best_of_all_orders_and_tokens(shift, causal, leng
 
     follow(torch.cat([prompt, torch.full((end - length,), MASK)]), 0.0)
     found = explore(model, prompt[None], EditSettings(tau_edit=2.0, max_new_tokens=end - length),
-                    SearchSettings(beams=400, judge="write", scorer="path"))  # more beams than there are partial texts
+                    SearchSettings(beams=400, prune="write", scorer="path"))  # more beams than there are partial texts
     assert len(best) == 6 ** (end - length) and tuple(found.ids[0, 0].tolist()) == max(best, key=best.get)
     values = {tuple(ids.tolist()): float(value) * (end - length) for ids, value in zip(found.ids[0], found.values[0])}
     assert values == pytest.approx(best, abs=1e-4)  # not the best alone: every text with its best order
@@ -103,7 +104,7 @@ def test_a_wide_beam_finds_the_best_of_all_orders_and_tokens(shift, causal, leng
 @pytest.mark.parametrize("beams", [2, 5])
 def test_a_narrow_beam_keeps_the_paths_that_a_plain_beam_search_keeps(beams):
     model, size, total = endless(3, causal=True, sharpen=5.0), 4, 12
-    found = explore(model, PROMPT, EditSettings(tau_edit=2.0, max_new_tokens=total - 5), SearchSettings(beams=beams, judge="write", scorer="path"))
+    found = explore(model, PROMPT, EditSettings(tau_edit=2.0, max_new_tokens=total - 5), SearchSettings(beams=beams, prune="write", scorer="path"))
     paths = [(0.0, torch.cat([PROMPT[0], torch.full((total - 5,), MASK)]))]
     for _ in range(total - 5):
         ways = {}
@@ -165,7 +166,7 @@ def test_a_scorer_is_what_uncached_forwards_say(name, shift, causal, lengths, ne
     prompts = [torch.randint(FIRST, 15, (n,), generator=noise(n)) for n in lengths]
     batch, real = padded(prompts)
     for accumulate in (True, False):
-        choices = SearchSettings(beams=1, children=3, temperature=2.0, judge="end", scorer=name, accumulate=accumulate)
+        choices = SearchSettings(beams=1, children=3, temperature=2.0, prune="end", scorer=name, accumulate=accumulate)
         found = explore(model, batch, EditSettings(tau_mask=0.0, tau_edit=2.0, max_new_tokens=new), choices, attention_mask=real, generator=noise())
         for prompt, texts, values in zip(prompts, found.ids, found.values):
             assert values.tolist() == sorted(values.tolist(), reverse=True) and len({tuple(text.tolist()) for text in texts}) > 1
@@ -182,20 +183,21 @@ def test_a_path_of_many_forwards_is_worth_the_confidences_of_its_trace():
     model = endless(4, causal=True, sharpen=4.0)
     settings = EditSettings(tau_mask=0.3, tau_edit=2.0, max_new_tokens=11)
     greedy = edit_decode(model, PROMPT, settings, trace=True)
-    found = explore(model, PROMPT, settings, SearchSettings(beams=1, children=8, temperature=2.0, judge="end", scorer="path"), generator=noise())
+    found = explore(model, PROMPT, settings, SearchSettings(beams=1, children=8, temperature=2.0, prune="end", scorer="path"), generator=noise())
     texts = [tuple(text.tolist()) for text in found.ids[0]]
     assert len(texts) == 8 and len({*texts}) > 4  # samples, as many as asked for
     value = found.values[0, texts.index(tuple(greedy.ids[0].tolist()))]
     assert float(value) == pytest.approx(np.log(greedy.trace.confidence[-1, 0, 5:16]).mean(), abs=1e-5)
 
 
-@pytest.mark.parametrize("judge", ["first", "block"])
-def test_the_published_score_always_prefers_the_child_without_noise(judge):
+@pytest.mark.parametrize("prune", ["first", "block"])
+def test_the_published_score_always_prefers_the_child_without_noise(prune):
     """In a model that sees nothing to the right the block masked again is the reading it began with, whose argmax nothing beats."""
     for seed in range(4):
         model = endless(seed, causal=True, sharpen=5.0)
         settings = EditSettings(tau_mask=0.0, tau_edit=2.0, max_new_tokens=11)
-        search = order_token_search(model, PROMPT, settings, SearchSettings(beams=2, children=4, temperature=3.0, scorer="remasked", judge=judge), generator=noise(seed))
+        choices = SearchSettings(beams=2, children=4, temperature=3.0, scorer="remasked", prune=prune)
+        search = order_token_search(model, PROMPT, settings, choices, generator=noise(seed))
         assert search.ids.tolist() == edit_decode(model, PROMPT, settings).ids.tolist() and search.forwards > 10
 
 
@@ -239,25 +241,25 @@ def test_equal_beams_are_one_and_pay_once():
 
 
 @hypothesis_settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), judge=st.sampled_from(JUDGES), scorer=st.sampled_from(list(SCORERS)), shift=st.booleans(), causal=st.booleans(),
+@given(seed=st.integers(0, 10_000), prune=st.sampled_from(PRUNES), scorer=st.sampled_from(list(SCORERS)), shift=st.booleans(), causal=st.booleans(),
        tau_edit=st.sampled_from([0.0, 2.0]), beams=st.integers(1, 3), children=st.integers(1, 3))
-def test_6_no_mask_comes_out_and_every_search_ends(seed, judge, scorer, shift, causal, tau_edit, beams, children):
-    scorer = "path" if judge == "write" or scorer == "causal" and not (shift and causal) else scorer
-    tau_edit = 2.0 if judge == "write" else tau_edit
+def test_6_no_mask_comes_out_and_every_search_ends(seed, prune, scorer, shift, causal, tau_edit, beams, children):
+    scorer = "path" if prune == "write" or scorer == "causal" and not (shift and causal) else scorer
+    tau_edit = 2.0 if prune == "write" else tau_edit
     model, _ = tiny(seed % 9, shift=shift, causal=causal, sharpen=7.0)
     prompts = [torch.randint(FIRST, 15, (n,), generator=noise(seed)) for n in (3, 8, 1)]
     batch, real = padded(prompts)
     settings = EditSettings(tau_mask=0.4, tau_edit=tau_edit, max_post_steps=2, max_new_tokens=11)
-    choices = SearchSettings(beams=beams, children=children, judge=judge, scorer=scorer)
+    choices = SearchSettings(beams=beams, children=children, prune=prune, scorer=scorer)
     found, again = (explore(model, batch, settings, choices, attention_mask=real, generator=noise(seed)) for _ in range(2))
     assert not (found.ids == MASK).any() and found.ids.shape[2] == 11 and torch.equal(found.ids, again.ids)  # the same noise, the same search
-    blocks, width = 4, beams if judge == "write" else beams * children
+    blocks, width = 4, beams if prune == "write" else beams * children
     assert (found.forwards <= 1 + blocks * width * (4 + 2 + 1 + 1)).all()  # writes, forwards without masks, commit, judge
     assert found.values.tolist() == found.values.sort(-1, descending=True).values.tolist()
     for texts, values in zip(found.ids, found.values):
         alive = [tuple(text.tolist()) for text, value in zip(texts, values) if value > -torch.inf]
-        assert 1 <= len(alive) <= (width if judge == "end" else beams)
-        assert len({*alive}) == len(alive) or judge == "end"
+        assert 1 <= len(alive) <= (width if prune == "end" else beams)
+        assert len({*alive}) == len(alive) or prune == "end"
         assert all(EOS not in text or {*text[text.index(EOS):]} == {EOS} for text in alive)
 
 
@@ -289,15 +291,16 @@ def test_a_wide_ar_beam_finds_the_most_probable_text_and_pays_for_all_its_beams(
 
 @pytest.mark.parametrize("choices, message", [
     ({"beams": 0}, "beams = 0 must be at least 1"), ({"children": -1}, "children = -1 must be at least 1"),
-    ({"judge": "never"}, "judge = 'never' must be one of first, block, end, write"), ({"scorer": "gut"}, "scorer = 'gut' must be one of path, remasked"),
-    ({"judge": "write"}, "which only scorer 'path' can"), ({"temperature": 0.0}, "makes all children alike"), ({"temperature": float("nan")}, "makes all children")])
+    ({"prune": "never"}, "prune = 'never' must be one of first, block, end, write"), ({"prune": "write"}, "which only scorer 'path' can"),
+    ({"scorer": "gut"}, "scorer = 'gut' must be one of path, remasked"), ({"temperature": 0.0}, "makes all children alike"),
+    ({"temperature": float("nan")}, "makes all children alike")])
 def test_impossible_choices_are_named(choices, message):
     with pytest.raises(HildaError, match=message):
         SearchSettings(**choices)
 
 
 def test_what_a_search_cannot_share_or_take_back_is_refused():
-    model, path = tiny()[0], SearchSettings(judge="write", scorer="path")
+    model, path = tiny()[0], SearchSettings(prune="write", scorer="path")
     with pytest.raises(HildaError, match="search with look_back=0"):
         explore(model, PROMPT, EditSettings(look_back=1), SearchSettings(), generator=noise())
     with pytest.raises(HildaError, match="search with tau_edit=1"):

@@ -79,8 +79,8 @@ def shadowed(block: Candidates) -> Tensor:
     reader, size = block.reader, block.ids.shape[1]
     ids, positions = shadow.rows(block.ids, block.start[:, None], reader.mask_id, reader.shift)
     rule = shadow.table(size, reader.shift, True, ids.device)
-    own = torch.cat([torch.ones(size, size, dtype=torch.bool, device=ids.device), torch.zeros(size, len(rule), dtype=torch.bool, device=ids.device)], 1)
-    last = torch.arange(size + len(rule), device=ids.device)[reader.shift - size:]
+    column = torch.arange(size + len(rule), device=ids.device)
+    own, last = (column < size).expand(size, -1), column[reader.shift - size:]
     logits = block.read(torch.cat([block.ids, ids], 1), torch.cat([block.positions, positions], 1), torch.cat([own, rule]), wanted=last)
     if reader.shift:
         logits = torch.cat([logits[:, :1] if block.before is None else block.before[:, None], logits], 1)

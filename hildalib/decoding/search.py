@@ -19,43 +19,45 @@ from hildalib.decoding.edit import BlockLoop
 from hildalib.decoding.scorers import SCORERS, Candidates, path
 from hildalib.decoding.settings import EditSettings
 
-JUDGES = ("first", "block", "end", "write")
+PRUNES = ("first", "block", "end", "write")
 
 
 @dataclass(frozen=True)
 class SearchSettings:
     """Choices of a search. beams: how many survive (the paper's K, 3 to 8). children: candidates a beam; beams * children of them share what
-    beams there are. temperature: of the Gumbel noise on the masks of all children but each beam's first, which writes what the model prefers (ours; the
-    paper searches 0.2 to 1 for each task); an only child is as noisy as its parent. scorer: a name in SCORERS or one like them. judge: when candidates compete:
+    beams there are. temperature: of the Gumbel noise on the masks of all children but each beam's first, which writes what the model
+    prefers (ours; the paper searches 0.2 to 1 for each task); an only child is as noisy as its parent. scorer: what judges them, a name
+    in SCORERS or a function like those. prune: when they compete:
 
-    first: after the block's first forward, each judged by its guess of the whole block; then the survivors write on. This is the published
-    schedule. block: when their blocks are finished (ours: a guess from nothing but masks is no block yet). end: once, at the end: with one beam
-    the best of `children` independent samples. write: after every forward; a child writes one (position, token) pair, no noise, and the `beams` most
-    probable paths go on. That is beam search in the strict sense; `children`, temperature and the commit rule play no part in it.
+    first: after the block's first forward, each judged by its guess of the whole block; then the survivors write on. The published
+    schedule. block: when their blocks are finished (ours: a guess from nothing but masks is no block yet). end: once, at the end; with
+    one beam the best of `children` independent samples. write: after every forward; a child writes one (position, token) pair, no
+    noise, and the `beams` most probable paths go on: beam search in the strict sense, in which `children`, temperature and the commit
+    rule play no part.
 
-    accumulate: a beam is worth the mean log-probability a token of all its judged blocks; otherwise of the last one. Unverified, as sources
-    differ: which of the two the paper does (it sums; the mean is for beams that end at different lengths), the form of its noise, and
-    whether equal beams are merged as they are here (the likelier path stays; not in "end", whose samples may be counted).
+    accumulate: a beam is worth the mean log-probability a token of all its judged blocks; otherwise of the last one. Unverified: which of
+    the two the paper does, as sources differ (they sum; the mean is ours, for beams that end at different lengths), the form of its
+    noise, and whether equal beams are merged as they are here (the likelier path stays; in "end" all do, so that they may be counted).
     """
 
     beams: int = 4
     children: int = 4
     temperature: float = 1.0
     scorer: str | Callable[[Candidates], Tensor] = "halves"
-    judge: str = "block"
+    prune: str = "block"
     accumulate: bool = True
 
     def __post_init__(self):
         for name in ("beams", "children"):
             if getattr(self, name) < 1:
                 raise HildaError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.judge not in JUDGES:
-            raise HildaError(f"judge = {self.judge!r} must be one of {', '.join(JUDGES)}")
+        if self.prune not in PRUNES:
+            raise HildaError(f"prune = {self.prune!r} must be one of {', '.join(PRUNES)}")
         if not callable(self.scorer) and self.scorer not in SCORERS:
             raise HildaError(f"scorer = {self.scorer!r} must be one of {', '.join(SCORERS)}")
-        if self.judge == "write" and self.score is not path:
-            raise HildaError("judge = 'write' compares blocks that are not finished, which only scorer 'path' can; use it, or judge 'block'")
-        if not self.temperature > 0 and self.judge != "write" and self.width > 1:
+        if self.prune == "write" and self.score is not path:
+            raise HildaError("prune = 'write' compares blocks that are not finished, which only scorer 'path' can; use it, or prune = 'block'")
+        if not self.temperature > 0 and self.prune != "write" and self.width > 1:
             raise HildaError(f"temperature = {self.temperature} makes all children alike; give one above 0")
 
     @property
@@ -71,8 +73,9 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Beams:
-    """ids (B, N, T) long: the surviving texts of each prompt, best first, EOS-padded on the right. values (B, N): mean log-probability a token,
-    -inf where a prompt has fewer than N. forwards, positions_fed (B,): of all candidates together, also of those that fell."""
+    """ids (B, N, T) long: the surviving texts of each prompt, best first, EOS-padded on the right. values (B, N): mean log-probability a
+    token of the blocks that had to be judged, -inf where a prompt has fewer than N texts. forwards, positions_fed (B,): of all candidates
+    together, also of those that fell."""
 
     ids: Tensor
     values: Tensor
@@ -107,15 +110,15 @@ class _Search(BlockLoop):
     def run(self, lengths: Tensor) -> Beams:
         """lengths (B,) of the prompts."""
         while len(self.payer):
-            if self.search.judge == "write":
+            if self.search.prune == "write":
                 self._branch_by_pair()
             else:
                 self._branch()
-            if self.search.judge == "first":
+            if self.search.prune == "first":
                 self._prune(self.guess, self.sure)
             while not bool(self.waiting.all()):
                 self.step()
-            if self.search.judge in ("block", "end"):
+            if self.search.prune in ("block", "end"):
                 slots = self._slots()
                 self._prune(self.canvas.gather(1, slots), self.snapshot.gather(1, slots))
             self._retire()
@@ -124,8 +127,8 @@ class _Search(BlockLoop):
     def _take(self, index: list[int]) -> None:
         """`index` are the rows that go on; those that branch are there more than once."""
         rows = torch.tensor(index, dtype=torch.long, device=self.payer.device)
-        for name in ("canvas", "lengths", "ends", "start", "post", "done", "snapshot", "remasks", "waiting", "payer", "noisy", "total", "count", "open", "begun",
-                     "before", "guess", "sure", "pending"):
+        for name in ("canvas", "lengths", "ends", "start", "post", "done", "snapshot", "remasks", "payer",  # of every decode
+                     "waiting", "noisy", "total", "count", "open", "begun", "before", "guess", "sure", "pending"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
         self.memory = {name: value[rows] for name, value in self.memory.items()}
@@ -173,7 +176,7 @@ class _Search(BlockLoop):
 
     def _write(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in `BlockLoop`; where every write is a branch, what was read is left to `_branch_by_pair`."""
-        if self.search.judge != "write":
+        if self.search.prune != "write":
             return super()._write(live, logits, frozen, hidden_logits)
         masked = (self.canvas[live].gather(1, self.reader.positions(self.start[live], self.size)) == self.mask_id).any(-1)
         self._begin(live[masked], logits[masked])
@@ -252,7 +255,7 @@ class _Search(BlockLoop):
 
     def _prune(self, ids: Tensor, confidence: Tensor) -> None:
         """Equal beams become one (samples stay, judged once), blocks `ids` (b, K) with a rival are judged, and of each prompt the best go on."""
-        if self.search.judge != "end":
+        if self.search.prune != "end":
             likelihood = confidence.double().log().masked_fill(~self._counted(ids), 0).sum(-1).tolist()
             texts, kept = self._texts(), []
             for rows in self._groups():
@@ -269,7 +272,7 @@ class _Search(BlockLoop):
             self._judge(torch.tensor(rows, device=ids.device), ids[rows], confidence[rows], self._counted(ids)[rows])
         if alike:
             self.total, self.count = self.total[equal], self.count[equal]
-        if self.search.judge != "end":
+        if self.search.prune != "end":
             self._take([row for rows in self._groups() for row in self._ranked(rows)[:self.search.beams]])
 
     def _judge(self, rows: Tensor, ids: Tensor, confidence: Tensor, counted: Tensor) -> None:
@@ -295,7 +298,7 @@ class _Search(BlockLoop):
             if all(done[row] for row in rows):
                 first: dict[object, int] = {}
                 for row in self._ranked(rows):
-                    first.setdefault(row if self.search.judge == "end" else texts[row], row)
+                    first.setdefault(row if self.search.prune == "end" else texts[row], row)
                 self.found[int(self.payer[rows[0]])] = [(value[row], self.canvas[row].clone()) for row in first.values()]
             else:
                 kept += rows
@@ -315,20 +318,20 @@ def explore(model, prompt_ids: Tensor, settings: EditSettings, choices: SearchSe
             generator: torch.Generator | None = None) -> Beams:
     """All beams that are left when every one has ended; arguments as in `edit_decode`, whose rules of `settings` each beam follows.
 
-    Every beam pays for its forwards, and every candidate for the one that judges it; candidates without a rival are not judged. Raises HildaError for
-    settings that look back, and with judge "write" for a revision rule that changes what is written.
+    Every beam pays for its forwards, and every candidate for the one that judges it; candidates without a rival are not judged. Raises
+    HildaError for settings that look back, and with prune "write" for a revision rule that changes what is written.
     """
     if settings.look_back:
         raise HildaError("look_back re-reads closed blocks, which other beams no longer share; search with look_back=0")
-    if choices.judge == "write" and (settings.revision_rule.confirms or settings.revision_rule.remasks):
-        raise HildaError("judge = 'write' writes each position once; search with tau_edit=1 and no other revision rule")
+    if choices.prune == "write" and (settings.revision_rule.confirms or settings.revision_rule.remasks):
+        raise HildaError("prune = 'write' writes each position once; search with tau_edit=1 and no other revision rule")
     lengths = left_padded(prompt_ids, attention_mask)
     return _Search(model, prompt_ids, lengths, settings, choices, generator).run(lengths)
 
 
 def order_token_search(model, prompt_ids: Tensor, settings: EditSettings, choices: SearchSettings, *, attention_mask: Tensor | None = None,
                        generator: torch.Generator | None = None) -> Decoded:
-    """The best beam of `explore`. With one beam and one child (judge "write": one beam) it is `edit_decode`, token for token and forward for
+    """The best beam of `explore`. With one beam and one child (prune "write": one beam) it is `edit_decode`, token for token and forward for
     forward ("write": with one token a forward)."""
     return explore(model, prompt_ids, settings, choices, attention_mask=attention_mask, generator=generator).best()
 
