@@ -2,7 +2,7 @@
 
 True = the query (second to last axis) may attend to the key (last axis). Dense masks are (B or 1, 1, Q, KV) bool, the
 form SDPA takes; eager attention would silently add a bool mask to the scores, so models are loaded with SDPA.
-Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window` and `spans` (cached decoding),
+Entry points: `full`, `block_causal`, `noisy_clean`, `noisy_clean_mod` (FlexAttention), `window`, `spans` and `beside` (cached decoding),
 and `tiles`, which leaves out of a dense mask the parts that no query of a stretch may see (TILED, an attention of Transformers).
 """
 
@@ -124,6 +124,17 @@ def spans(start: Tensor, slots: int, *seen: tuple[Tensor | int, Tensor | int]) -
         first, end = (value[..., None] if torch.is_tensor(value) else value for value in span)
         inside = inside | ((offset >= first) & (offset < end))
     return inside[:, None]
+
+
+def beside(start: Tensor, slots: int, first: int, seen: Tensor) -> Tensor:
+    """Mask of Q queries in the slots from start (b,) + first on: the slots before start, and of one another what seen (Q, Q) says.
+
+    Returns (b, 1, Q, slots) bool, True = may attend.
+    """
+    offset = torch.arange(slots, device=start.device) - start[:, None]  # (b, slots)
+    column, inside = offset - first, (offset >= first) & (offset < first + len(seen))
+    own = seen.T[column.clamp(0, len(seen) - 1)] & inside[..., None]  # (b, slots, Q)
+    return (own | (offset < 0)[..., None]).transpose(1, 2)[:, None]
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
 """Arms side by side: the best accuracy each reaches at equal tokens per forward, and differences with their intervals over seeds.
 
 Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure); `differences` (any measure, seed
-by seed) and `verdicts` (all arms and measures on one page).
+by seed) and `verdicts` (all arms and measures on one page); `spending` (figure: accuracy against forwards).
 """
 
 from textwrap import fill
@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from hildalib import HildaError
 from hildalib.intervals import mean_interval
-from hildalib.style import GREY, OKABE, colours, end_labels, need, styled
+from hildalib.style import FIXED, GREY, OKABE, colours, end_labels, need, place, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
 
@@ -111,6 +112,33 @@ def differences(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFr
     gaps = {name: (wide[name] - wide[reference]).dropna() for name in others}
     rows = [(name, *mean_interval(gap), len(gap)) for name, gap in gaps.items() if len(gap)]
     return pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "seeds"])
+
+
+@styled
+def spending(table: pd.DataFrame) -> Figure:
+    """Accuracy against forwards: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.
+
+    Columns: base, arm, nfe (forwards an item), accuracy, low, high. Rows of base "", what the others are measured against, are in every
+    panel, grey but for the twin, S and Q.
+    """
+    need(table, "spending", "base", "arm", "nfe", "accuracy", "low", "high")
+    bases = [base for base in dict.fromkeys(table.base) if base] or [""]
+    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | table.arm.isin(FIXED)])
+    fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 4.4), sharex=True, sharey=True, squeeze=False)
+    axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table.nfe.min(), 1.6 * table.nfe.max()))
+    axes[0, 0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
+    ends = []
+    for ax, base in zip(axes[0], bases):
+        for name, part in table[table.base.isin(["", base])].sort_values("nfe").groupby("arm", sort=False):
+            ax.vlines(part.nfe, part.low, part.high, color=colour[name], linewidth=1.2, alpha=0.5)
+            ax.plot(part.nfe, part.accuracy, "o-", color=colour[name], markersize=4)
+            last = part.iloc[-1]
+            ends.append((ax, (last.nfe, last.accuracy, name, {"color": colour[name], "fontsize": 8})))
+        ax.set(xlabel="forwards an item, all beams together", title=base)
+        ax.grid(axis="y")
+    for ax in axes[0]:
+        place(ax, [end for where, end in ends if where is ax])
+    return fig
 
 
 SIDES = {"higher": 1, "lower": -1}  # sign of a good difference

@@ -1,7 +1,7 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion` and `autoregressive` (decoders),
-`likelihood` (nats a token under a judge), `across_seeds`.
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `searching` and
+`autoregressive` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import Decoded, EditSettings, ar_decode, edit_decode
+from hildalib.decoding import Beams, Decoded, EditSettings, SearchSettings, ar_decode, edit_decode, explore
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -28,9 +28,26 @@ def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
     return lambda model, ids, real: edit_decode(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(seed))
 
 
-def autoregressive(max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Decoder:
+def searching(settings: EditSettings, choices: SearchSettings, seed: int = 0, kept: list[Beams] | None = None) -> Decoder:
+    """Order-token search as a decoder of `run`. kept: the beams of each batch are appended to it."""
+    def decode(model, ids, real):
+        beams = explore(model, ids, settings, choices, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+        if kept is not None:
+            kept.append(beams)
+        return beams.best()
+    return decode
+
+
+def autoregressive(max_new_tokens: int, temperature: float = 0.0, seed: int = 0, beams: int = 1) -> Decoder:
     """The AR twin's decoding, with KV cache, as a decoder of `run`."""
-    return lambda model, ids, real: ar_decode(model, ids, attention_mask=real, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return lambda model, ids, real: ar_decode(model, ids, attention_mask=real, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                                              beams=beams)
+
+
+def coverage(kept: list[Beams], tokenizer, task, items: list) -> float:
+    """Share of `items` that at least one of the texts kept by `searching` gets right: what a perfect judge of them would reach."""
+    texts = [tokenizer.batch_decode(beams, skip_special_tokens=True) for batch in kept for beams in batch.ids]
+    return sum(max(task.score(text, item) for text in own) for own, item in zip(texts, items, strict=True)) / len(items)
 
 
 def left_pad(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

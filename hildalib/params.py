@@ -158,6 +158,24 @@ class Benchmarks(Common):
     chat: bool = field(False, "wrap prompts in the chat template")
 
 
+@notebook("08_search")
+class Search(Common):
+    task: str = field("arithmetic", "task whose test prompts are searched")
+    items: int = field(4, "test items a decoder", low=1)
+    batch_size: int = field(16, "prompts decoded together, each with all its beams", low=1)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+    tau_masks: list[float] = field([0.3, 0.9], "thresholds for writing a token, of decoding without search", low=0, high=1)
+    draft: float = field(0.3, "threshold for writing a token of the careless drafts that are searched, not edited", low=0, high=1)
+    temperature: float = field(1.0, "of the noise that tells children apart", low=0)
+    scorers: list[str] = field(["path", "causal"], "what judges a finished block; hildalib.decoding.scorers.SCORERS")
+    scorer: str = field("causal", "the one of them that goes on to the other questions")
+    widths: Pairs = field([[1, 2], [2, 2]], "[[beams, children of each], ...]")
+    width: list[int] = field([2, 2], "the one of them at which scorers, and searches of what is edited, are compared")
+    path_beams: list[int] = field([2], "beams of the search in which every write is a branch", low=1)
+    ar_beams: list[int] = field([2], "beams of the AR twin", low=1)
+
+
 def defaults(notebook: str, record: type | None = None) -> dict:
     """The smoke values of a notebook: what its parameters cell holds."""
     return plain(dataclasses.asdict((record or _record(notebook))()))

@@ -9,7 +9,7 @@ import pytest
 
 from hildalib import HildaError, comparison
 from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at, difference_curve
-from hildalib.style import OKABE
+from hildalib.style import GREY, OKABE
 
 
 def table(**settings):
@@ -107,3 +107,15 @@ def test_the_page_of_verdicts_is_sure_only_where_the_interval_is_and_names_what_
 def test_seeds_that_lack_an_arm_are_left_out():
     rows = table(a=[(0, 1.0, 0.5), (1, 1.0, 0.5)], b=[(1, 1.0, 0.6)], c=[(0, 1.0, 0.1)])
     assert comparison.both(rows, "a", "b").seed.tolist() == [1, 1] and comparison.both(rows, "b", "c").empty
+
+
+def test_spending_has_a_panel_for_every_base_and_what_is_compared_with_in_each():
+    rows = [("", "AR twin", 16, 0.9), ("", "one draft", 4, 0.6), ("", "one draft", 3, 0.3), ("drafts", "search", 15, 0.8), ("drafts", "vote", 13, 0.7), ("Q", "search", 18, 0.9)]
+    points = pd.DataFrame(rows, columns=["base", "arm", "nfe", "accuracy"]).assign(low=lambda part: part.accuracy - 0.1, high=lambda part: part.accuracy + 0.1)
+    first, second = comparison.spending(points).axes
+    assert [ax.get_title(loc="left") for ax in (first, second)] == ["drafts", "Q"]
+    assert [len(ax.lines) for ax in (first, second)] == [4, 3]
+    drawn = {tuple(line.get_xdata()): line.get_color() for line in first.lines}
+    assert drawn[3, 4] == GREY and drawn[16,] == OKABE["black"] and len({*drawn.values()}) == 4  # a line goes from few forwards to many
+    with pytest.raises(HildaError, match="'spending' needs column.s. base"):
+        comparison.spending(points.drop(columns="base"))

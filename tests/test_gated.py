@@ -7,7 +7,7 @@ import torch
 from tiny import MASK, as_rows, text, tiny
 
 from hildalib import HildaError, attention, backbones
-from hildalib.decoding import EditSettings, ar_decode, edit_decode, self_speculate
+from hildalib.decoding import EditSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, self_speculate
 from hildalib.gated import gate, is_gated, read_clean
 from hildalib.layout import Layout, target_logits
 from hildalib.recipe import Recipe
@@ -67,6 +67,21 @@ def test_self_speculation_writes_the_parents_text_whatever_the_adapter_drafts(pa
     prompt = torch.tensor([[5, 6 + seed, 7, 8, 9]])
     twin = ar_decode(parent, prompt, max_new_tokens=19).ids[0]
     assert torch.equal(self_speculate(model, prompt, max_new_tokens=19).ids[0, :len(twin)], twin)
+
+
+def test_a_search_is_judged_by_the_parent_where_it_reads_clean_rows_and_drafted_by_the_adapter(pair):
+    parent, model, _ = pair
+    model.config.eos_token_id = None
+    prompt, settings = torch.tensor([[5, 6, 7, 8, 9]]), EditSettings(tau_mask=0.0, tau_edit=2.0, max_new_tokens=11)
+    choices = SearchSettings(beams=1, children=3, temperature=2.0, scorer="causal", prune="end")
+    found = explore(model, prompt, settings, choices, generator=torch.Generator().manual_seed(0))
+    for text_, value in zip(found.ids[0], found.values[0]):
+        with torch.no_grad():
+            logits = parent(input_ids=torch.cat([prompt[0], text_])[None]).logits[0, 4:-1]
+        logits[:, MASK] = -torch.inf
+        assert float(value) == pytest.approx(float(logits.log_softmax(-1).gather(-1, text_[:, None]).mean()), abs=1e-4)
+    alone = order_token_search(model, prompt, settings, replace(choices, children=1))
+    assert torch.equal(alone.ids, edit_decode(model, prompt, settings).ids)
 
 
 def test_cached_decoding_gives_the_logits_of_the_training_layout(pair):

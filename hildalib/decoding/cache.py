@@ -17,13 +17,14 @@ class BlockCache:
 
     def __init__(self, slots: int):
         self.slots = slots
+        self.only: Tensor | None = None  # (b,) the rows that take part, where not all do
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def at(self, positions: Tensor) -> "BlockCache":
         """positions (B, Q) long: the slots the next forward writes."""
         self.positions, self.used = positions, int(positions.max()) + 1
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.rows = (torch.arange(len(positions), device=positions.device) if self.only is None else self.only)[:, None]
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
@@ -33,14 +34,15 @@ class BlockCache:
                 batch, heads, _, width = new.shape
                 store[layer] = new.new_zeros(batch, heads, self.slots, width)
             store[layer][self.rows, :, self.positions] = new.transpose(1, 2)
-        return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
+        read = slice(None) if self.only is None else self.only
+        return self.keys[layer][read, :, :self.used], self.values[layer][read, :, :self.used]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Length that Transformers asks for when position ids are not given; they always are."""
         return self.used
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drops finished rows: `rows` (b,) long are the ones that go on."""
+        """`rows` (b,) long are the ones that go on: finished ones are missing, those that branch are there more than once."""
         for store in (self.keys, self.values):
             for layer in store:
                 store[layer] = store[layer][rows]

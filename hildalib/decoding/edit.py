@@ -2,7 +2,7 @@
 
 Rows of a batch advance through their own blocks: a row that closes a block starts the next one while others still edit theirs,
 and finished rows leave the batch. Who is written and who is revised is for the rules of `EditSettings` to say.
-Entry point: `edit_decode`.
+Entry points: `edit_decode`; `BlockLoop`, its state.
 """
 
 import torch
@@ -16,8 +16,9 @@ from hildalib.decoding.settings import EditSettings
 from hildalib.decoding.trace import Recorder
 
 
-class _Decode:
-    """State of one batched decode; b counts the rows still running, T = P_max + max_new_tokens rounded up to whole blocks."""
+class BlockLoop:
+    """State of one batched decode; b counts the rows still running, T = P_max + max_new_tokens rounded up to whole blocks.
+    In `search` the rows are beams."""
 
     def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, settings: EditSettings, generator, trace: bool):
         record = getattr(model.config, "hilda", None)
@@ -42,6 +43,7 @@ class _Decode:
         self.post = torch.zeros_like(self.start)  # forwards spent on the block since its last mask went
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
         self.live = torch.arange(batch, device=device)  # row of the reader -> batch row
+        self.payer = self.live.clone()  # batch row -> whose account its forwards go to
         self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
         self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
         self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, (B, ...) each
@@ -84,20 +86,23 @@ class _Decode:
         shadowed = had_masks & (~masked & (positions >= self.lengths[live][:, None])).any(-1) & self.revise.shadow
         ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
         spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
-        read = reader.read(self.canvas[live], self.start[live], live, ahead, spent, shadowed)
+        read = reader.read(self.canvas[live], self.start[live], self.payer[live], ahead, spent, shadowed)
         full, edited = self._write(live, reader.align(read.own, reader.carry), spent, read.hidden)
         self.post[live] += full.long()
         stable = ~had_masks & ~edited  # the forward saw the block's final tokens
         reader.advance(stable, read.last)
         closed = self._close(stable, full & ~stable & (self.post[live] > self._post_limit()))
         if read.following is not None and (begin := closed & ahead).any():
-            logits = reader.align(read.following, read.last)[begin]
-            full, _ = self._write(live[begin], logits, torch.zeros_like(begin[begin]))
-            self.post[live[begin]] += full.long()
-            self._exhaust(live[begin][full & (self._post_limit() < 1)])
+            self._begin(live[begin], reader.align(read.following, read.last)[begin])
         if self.recorder:
             self.recorder.snap(self.canvas, reader.forwards)
         self._drop_finished()
+
+    def _begin(self, rows: Tensor, logits: Tensor) -> None:
+        """The first step of the blocks of `rows`, by aligned logits (b, K, V)."""
+        full, _ = self._write(rows, logits, torch.zeros_like(rows, dtype=torch.bool))
+        self.post[rows] += full.long()
+        self._exhaust(rows[full & (self._post_limit() < 1)])
 
     def _post_limit(self) -> int:
         """Where no full block is revised a confirming forward changes nothing."""
@@ -188,7 +193,7 @@ def edit_decode(model, prompt_ids: Tensor, settings: EditSettings, *, attention_
     on a model without a `hilda` record, a prompt longer than the context, or thresholds below 0.
     """
     lengths = left_padded(prompt_ids, attention_mask)
-    state = _Decode(model, prompt_ids, lengths, settings, generator, trace)
+    state = BlockLoop(model, prompt_ids, lengths, settings, generator, trace)
     while len(state.live):
         state.step()
     return Decoded(completion(state.canvas, lengths, settings.max_new_tokens, state.eos), state.reader.forwards, state.reader.fed,

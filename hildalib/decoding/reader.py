@@ -5,6 +5,7 @@ confirming forward are the commit; with a causal one (`hilda["causal_context"]`)
 Entry points: `Reader`, `Reading`.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,9 +71,10 @@ class Reader:
         return (start[:, None] + torch.arange(count, device=start.device)).clamp(max=self.length - 1)
 
     def count(self, rows: Tensor, positions: Tensor | int) -> None:
-        """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
-        self.forwards[rows] += 1
-        self.fed[rows] += positions
+        """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs). Beams of
+        one prompt all name its row, which pays for each."""
+        self.forwards.index_add_(0, rows, torch.ones_like(rows))
+        self.fed.index_add_(0, rows, torch.as_tensor(positions, device=rows.device).expand(rows.shape))
 
     def _feed(self, *parts: _Part) -> list[Tensor]:
         """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots."""
@@ -102,7 +104,7 @@ class Reader:
              verify: bool = False) -> Reading:
         """The blocks of canvas (b, T) that begin at start (b,). ahead (b,) bool: the block has no mask, and if it stays as it is it is
         committed by this forward, which reads the next one too. spent (b,) bool: it will stay. shadowed (b,) bool: its tokens are to be
-        predicted without being seen. live (b,): the rows' numbers in the account. verify: the whole causal copy is wanted."""
+        predicted without being seen. live (b,): the rows' numbers in the account (`count`). verify: the whole causal copy is wanted."""
         size = self.size
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
@@ -183,7 +185,31 @@ class Reader:
         causal = lambda used: (torch.arange(used, device=positions.device) <= positions[..., None])[:, None]  # noqa: E731
         return self._feed(self._in_place(canvas, positions, causal if self.causal else None, clean=True))[0]
 
+    def aside(self, payer: Tensor, start: Tensor, ids: Tensor, positions: Tensor, seen: Tensor, *, wanted: Tensor | None = None,
+              clean: Tensor | bool = False) -> Tensor:
+        """(b, n, V) logits of ids (b, Q) at positions (b, Q), read in one forward that leaves no trace: they stand in the slots behind the
+        block at start (b,), see what is committed before it and one another as seen (Q, Q) bool says, and nothing sees them.
+
+        payer (b,): the rows' numbers in the account. wanted (n,): columns of which logits are needed; None: all. clean (1, Q): rows
+        that are context. The cache must have Q slots beyond the last block.
+        """
+        self.count(payer, ids.shape[1])
+        slots = start[:, None] + self.size + torch.arange(ids.shape[1], device=ids.device)
+        wanted = None if wanted is None else wanted.expand(len(ids), -1)
+        return self._feed(_Part(ids, positions, slots, lambda used: attention.beside(start, used, self.size, seen), wanted, clean))[0]
+
+    @contextlib.contextmanager
+    def only(self, rows: Tensor):
+        """Within, the batch is its rows `rows` (b,) long, all different; the others keep their keys and wait."""
+        carry, self.cache.only = self.carry, rows
+        self.carry = None if carry is None else carry[rows]
+        yield
+        if self.carry is not None:
+            carry = self.carry.new_zeros(len(self.cache.keys[0]), self.carry.shape[1]) if carry is None else carry
+            carry = carry.index_copy(0, rows, self.carry)
+        self.carry, self.cache.only = carry, None
+
     def keep_rows(self, kept: Tensor) -> None:
-        """`kept` (b,) long are the rows that go on."""
+        """`kept` (b,) long are the rows that go on, one or more times each."""
         self.cache.keep_rows(kept)
-        self.carry = self.carry[kept]
+        self.carry = None if self.carry is None else self.carry[kept]

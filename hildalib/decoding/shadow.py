@@ -1,7 +1,7 @@
 """The shadow of a block: extra rows of the same forward that predict each position without seeing its token (WINO).
 
 Nothing attends to the shadow, so the block's own logits stay what they were. With more than one layer a shadow row still sees its
-token through its neighbours: an optimistic verifier. Entry points: `rows`, `count`, `window`.
+token through its neighbours: an optimistic verifier. Entry points: `rows`, `count`, `table`, `window`.
 """
 
 import torch
@@ -26,7 +26,7 @@ def count(size: int, shift: bool) -> int:
     return 2 * (size - 1) if shift else size
 
 
-def _table(size: int, shift: bool, isolated: bool, device) -> Tensor:
+def table(size: int, shift: bool, isolated: bool, device) -> Tensor:
     """(S, K + S) bool, True = the shadow row may attend to that position of the block, or of the shadow."""
     own = torch.eye(size, dtype=torch.bool, device=device)
     if not shift:
@@ -38,13 +38,13 @@ def _table(size: int, shift: bool, isolated: bool, device) -> Tensor:
 
 
 def window(start: Tensor, size: int, slots: int, first: int, shift: bool, isolated: bool) -> Tensor:
-    """(b, 1, S, slots) bool, True = may attend: the blocks before, and of its own block and shadow what `_table` says.
+    """(b, 1, S, slots) bool, True = may attend: the blocks before, and of its own block and shadow what `table` says.
 
     start (b, 1): slot of the block's first position; the shadow's keys are in the slots from start + first on.
     """
-    table = _table(size, shift, isolated, start.device)
+    rule = table(size, shift, isolated, start.device)
     offset = torch.arange(slots, device=start.device) - start
     column = torch.where((offset >= 0) & (offset < size), offset, -1)
     column = torch.where((offset >= first) & (offset < first + count(size, shift)), offset - first + size, column)
-    seen = table.T[column.clamp(min=0)] & (column >= 0)[..., None]  # (b, slots, S)
+    seen = rule.T[column.clamp(min=0)] & (column >= 0)[..., None]  # (b, slots, S)
     return (seen | (offset < 0)[..., None]).transpose(1, 2)[:, None]

@@ -1,7 +1,7 @@
 """Arithmetic chains with worked steps: short, character-friendly, verifiable, endless.
 
 Prompt "17+25-8=", response "17+25=42;42-8=34;34": one step per operation, then the answer. Entry points: `items`, `stream`,
-`prompt`, `response`, `score` (final answer), `exact` (whole response).
+`prompt`, `response`, `answer`, `score` (final answer), `exact` (whole response).
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def response(item: dict) -> str:
     return ";".join([*steps, str(results[-1])])
 
 
+def answer(text: str) -> str:
+    """What follows the last ';', outer white space aside: what a vote counts."""
+    return text.rpartition(";")[2].strip()
+
+
 def score(text: str, item: dict) -> float:
     """1.0 if what follows the last ';' is the right answer and nothing else (outer white space aside), else 0.0.
 
@@ -79,8 +84,7 @@ def score(text: str, item: dict) -> float:
     """
     if not isinstance(text, str):
         return 0.0
-    steps, _, answer = text.rpartition(";")
-    return float(bool(steps) and answer.strip() == str(_results(item)[-1]))
+    return float(text.rfind(";") > 0 and answer(text) == str(_results(item)[-1]))
 
 
 def exact(text: str, item: dict) -> float:
