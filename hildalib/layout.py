@@ -88,7 +88,7 @@ class Layout:
         rows (B,) bool: only masks of these rows of the batch are in logits; None: all. embeds: of the layout, if already made.
         """
         embedding, mask_id = (plain := getattr(model, "module", model)).get_input_embeddings(), plain.config.hilda["mask_token_id"]
-        masks = self.ids == mask_id
+        masks = (self.ids == mask_id) & self.noisy  # a clean text may hold the word
         masks = masks if rows is None else masks & rows.repeat_interleave(len(masks) // len(rows))[:, None]
         return carry(embedding(self.ids) if embeds is None else embeds, masks, Residual()(logits, embedding, mask_id))
 
