@@ -46,7 +46,6 @@ class _Decode:
         self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
         self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
         self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, and what their masks carry, (B, ...) each
-        self.embedding = model.get_input_embeddings()
         self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
 
     def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
@@ -80,7 +79,8 @@ class _Decode:
 
     def _residual(self, live: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
         """(b, K, D): what the next forward adds to the embeddings of `masks` (b, K) bool, read as [MASK] and not written; zeros elsewhere."""
-        added = self.settings.residual(logits[masks], self.embedding, self.mask_id, self.reader.forwards[live[masks.nonzero()[:, 0]]])
+        forwards = self.reader.forwards[live[masks.nonzero()[:, 0]]]
+        added = self.settings.residual(logits[masks], self.reader.model.get_input_embeddings(), self.mask_id, forwards)
         return carry(added.new_zeros(*masks.shape, added.shape[-1]), masks, added)
 
     def step(self) -> None:
