@@ -89,9 +89,11 @@ class DiffusionTrainer(Trainer):
         rows = batch["carries"]
         if layout.autoregressive or not rows.any():
             return embeds
-        masks = (noised.noisy_ids == self.hilda["mask_token_id"]).view(batch["noisy_ids"].shape)[rows]
+        mask_id = self.hilda["mask_token_id"]
+        masks = (noised.noisy_ids == mask_id).view(batch["noisy_ids"].shape)[rows]
+        before = self._layout(batch, noised.noisy_ids.masked_fill(batch["unseen"].flatten(0, 1), mask_id), rows)
         with torch.no_grad():
-            logits = target_logits(self.reference, self._layout(batch, noised.noisy_ids, rows), masks)
+            logits = target_logits(self.reference, before, masks)
         return layout.carry(model, logits, rows, embeds)
 
     @torch.no_grad()

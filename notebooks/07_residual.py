@@ -177,7 +177,8 @@ def answers(label: str, split: str, count: int, tau_mask: float = 1.0, tau_edit:
     decoder = (evaluate.autoregressive(max_new_tokens) if name == "AR twin" else evaluate.diffusion(settings))
     frame = evaluate.run(models[name], tokenizer, benchmark, decoder, limit=count, split=split,
                          batch_size=64, chat=chat)
-    return evaluate.summary(frame).assign(seed=seed, arm=label, tau_mask=tau_mask, tau_edit=tau_edit)
+    thresholds = {} if name == "AR twin" else {"tau_mask": tau_mask, "tau_edit": tau_edit}
+    return evaluate.summary(frame).assign(seed=seed, arm=label, **thresholds)
 
 
 sweep = []
