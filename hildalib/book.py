@@ -24,7 +24,7 @@ from hildalib.progress import Progress, duration
 
 CHAIN: dict[str, tuple[str, ...]] = {
     "01_data": (), "02_wsd": ("01_data",), "03_sft": ("02_wsd",), "04_decode": ("03_sft",), "05_benchmarks": ("03_sft", "04_decode"),
-    "08_search": ("03_sft", "04_decode")}
+    "07_residual": ("03_sft",), "08_search": ("03_sft", "04_decode")}
 PROMISED = ("metrics.json",)  # what every notebook writes into its output folder
 
 
@@ -281,7 +281,7 @@ def status(profile: str | None = None, book: Book | None = None) -> list[dict]:
         busy = (paths.outputs_root() / name / "run.lock").is_file() and _busy(name)
         for seed in [0, *sorted(found)]:
             outdated = set()
-            for notebook in book.chain:
+            for notebook in params.covered(book.chain, name, book.params):
                 row = {"notebook": notebook, "profile": name, "seed": seed}
                 try:
                     job = plan(book, [notebook], name, {"seed": seed})[0]

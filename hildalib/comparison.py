@@ -1,7 +1,8 @@
 """Arms side by side: the best accuracy each reaches at equal tokens per forward, and differences with their intervals over seeds.
 
-Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure); `differences` (any measure, seed
-by seed) and `verdicts` (all arms and measures on one page); `spending` (figure: accuracy against forwards).
+Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure);
+`forwards` and `spending` (figures: accuracy against forwards); `differences` (any measure, seed by seed) and `verdicts` (all arms and measures on
+one page).
 """
 
 from textwrap import fill
@@ -14,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from hildalib import HildaError
 from hildalib.intervals import mean_interval
-from hildalib.style import FIXED, GREY, OKABE, colours, end_labels, need, place, styled
+from hildalib.style import FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
 
@@ -65,6 +66,39 @@ def difference_curve(table: pd.DataFrame, *, reference: str, other: str) -> pd.D
     return pd.DataFrame([(speed, *mean_interval(column)) for speed, column in zip(speeds, gaps.T)], columns=["tpf", "difference", "low", "high"])
 
 
+def _steps(ax, table: pd.DataFrame, colour: dict, x: str, sign: int) -> list[tuple[float, str, str]]:
+    """Draws each arm's best accuracy against column x (sign 1: at least that much, -1: at most); its end labels."""
+    ends = []
+    for name, part in table.groupby("arm", sort=False):
+        ax.plot(part[x], part.accuracy, "o", color=colour[name], markersize=3, alpha=0.45)
+        part = part.assign(tpf=sign * part[x])
+        speeds = np.linspace(part.tpf.min(), part.groupby("seed").tpf.max().min(), 200)
+        steps = np.array([best_at(group, speeds) for _, group in part.groupby("seed")])
+        for step in steps:
+            ax.plot(sign * speeds, step, color=colour[name], linewidth=0.6, alpha=0.5)
+        ax.plot(sign * speeds, steps.mean(0), color=colour[name], linewidth=2.2)
+        ends.append((float(steps.mean(0)[-1 if sign > 0 else 0]), name, colour[name]))
+    return ends
+
+
+@styled
+def forwards(table: pd.DataFrame) -> Figure:
+    """Best accuracy with at most so many forwards an answer: a thin step for each seed, a thick one for their mean, dots for all settings.
+
+    Columns: arm, seed, nfe, accuracy. Rows of arm "AR twin" are a dashed line at their mean; its forwards stand in its label.
+    """
+    need(table, "forwards", "arm", "seed", "nfe", "accuracy")
+    drawn, twin = table[table.arm != TWIN], table[table.arm == TWIN]
+    fig, ax = plt.subplots(figsize=(6.4, 4.0))
+    ends = _steps(ax, drawn, colours(drawn.arm), "nfe", -1)
+    if len(twin):
+        ax.axhline(twin.accuracy.mean(), color="black", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+        ends.append((twin.accuracy.mean(), f"{TWIN}, {twin.nfe.mean():.1f}", "black"))
+    ax.set(xlabel="forwards an answer (at most)", ylabel="accuracy")
+    end_labels(ax, ends)
+    return fig
+
+
 @styled
 def arms(table: pd.DataFrame, verdict: dict | None = None) -> Figure:
     """Best accuracy against tokens per forward: a thin step for each seed, a thick one for their mean, dots for all settings.
@@ -73,18 +107,11 @@ def arms(table: pd.DataFrame, verdict: dict | None = None) -> Figure:
     difference at each speed, with its interval over seeds.
     """
     need(table, "arms", "arm", "seed", "tpf", "accuracy")
-    colour, ends = colours(table.arm), []
+    colour = colours(table.arm)
     fig, axes = plt.subplots(2 if verdict else 1, 1, figsize=(6.4, 5.2 if verdict else 4.0), sharex=True, squeeze=False,
                              height_ratios=[2.4, 1] if verdict else [1])
     ax, low = axes[0, 0], axes[-1, 0]
-    for name, part in table.groupby("arm", sort=False):
-        ax.plot(part.tpf, part.accuracy, "o", color=colour[name], markersize=3, alpha=0.45)
-        speeds = np.linspace(part.tpf.min(), part.groupby("seed").tpf.max().min(), 200)
-        steps = np.array([best_at(group, speeds) for _, group in part.groupby("seed")])
-        for step in steps:
-            ax.plot(speeds, step, color=colour[name], linewidth=0.6, alpha=0.5)
-        ax.plot(speeds, steps.mean(0), color=colour[name], linewidth=2.2)
-        ends.append((float(steps.mean(0)[-1]), name, colour[name]))
+    ends = _steps(ax, table, colour, "tpf", 1)
     low.set_xlabel("tokens per forward (at least)")
     ax.set_ylabel("accuracy")
     end_labels(ax, ends)

@@ -14,6 +14,7 @@ from hildalib import attention
 from hildalib.gated import CleanReading, noisy_rows, read_clean
 from hildalib.noise import corrupt
 from hildalib.objective import predictable, source_rows
+from hildalib.residual import Residual, carry
 
 CHECK_RATES = (0.15, 0.5, 1.0)  # validation mask rates: near the end, in the middle and at the start of a block's decoding
 
@@ -80,6 +81,17 @@ class Layout:
         end = self.ids.shape[1] if self.clean is None else self.clean
         return (torch.arange(self.ids.shape[1], device=self.ids.device) < end * (not self.autoregressive)).expand(len(self.ids), -1)
 
+    def carry(self, model, logits: Tensor, rows: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
+        """(., rows, D) input embeddings whose masks carry what aligned logits (n, V) of those masks, row-major, expect there
+        (`residual.Residual`, in the model's own embeddings; a gradient through these is our reading of Algorithm 1).
+
+        rows (B,) bool: only masks of these rows of the batch are in logits; None: all. embeds: of the layout, if already made.
+        """
+        embedding, mask_id = (plain := getattr(model, "module", model)).get_input_embeddings(), plain.config.hilda["mask_token_id"]
+        masks = (self.ids == mask_id) & self.noisy  # a clean text may hold the word
+        masks = masks if rows is None else masks & rows.repeat_interleave(len(masks) // len(rows))[:, None]
+        return carry(embedding(self.ids) if embeds is None else embeds, masks, Residual()(logits, embedding, mask_id))
+
     def context_rows(self, targets: Tensor) -> Tensor:
         """(m,) flat hidden rows of the clean half that predict the True positions of targets (B, L) as an AR model does."""
         row, position = targets.nonzero(as_tuple=True)
@@ -123,10 +135,11 @@ def clean_logits(model, reading: CleanReading, row: Tensor, position: Tensor) ->
 
 @torch.no_grad()
 def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bool | None = None, causal_context: bool | None = None,
-             rates=CHECK_RATES, batch_size: int = 32, seed: int = 0) -> dict[float, float]:
+             rates=CHECK_RATES, batch_size: int = 32, seed: int = 0, residual: bool = False) -> dict[float, float]:
     """{t: nats per masked token} on held-out rows, the same masks for every model of a vocabulary (seeded).
 
-    label_shift, causal_context: None takes what the model's `hilda` record says.
+    label_shift, causal_context: None takes what the model's `hilda` record says. residual: the loss of a second forward, whose masks
+    carry what the first expected there.
     """
     model.eval()
     record = model.config.hilda
@@ -142,7 +155,10 @@ def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bo
                              mask_token_id=model.config.hilda["mask_token_id"], forbidden_ids=[])
             canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
             targets, layout = noised.mask_targets.to(model.device), Layout.build(*canvas, block_size, label_shift, causal_context)
-            logits = target_logits(model, layout, targets[:, None], reading=read_clean(model, layout))
+            reading = read_clean(model, layout)
+            logits = target_logits(model, layout, targets[:, None], reading=reading)
+            if residual:
+                logits = target_logits(model, layout, targets[:, None], layout.carry(model, logits), reading=reading)
             total += F.cross_entropy(logits, x0.to(model.device)[targets], reduction="sum").item()
             count += noised.mask_targets.sum().item()
         out[t] = total / max(count, 1)

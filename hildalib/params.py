@@ -158,6 +158,30 @@ class Benchmarks(Common):
     chat: bool = field(False, "wrap prompts in the chat template")
 
 
+@notebook("07_residual")
+class Residual(Training, Common):
+    steps: int = field(6, "optimiser steps of stage 2", low=1)
+    full_share: float = field(0.2, "share of blocks masked completely", low=0, high=1)
+    suffix_share: float = field(0.0, "share of blocks whose last positions are masked", low=0, high=1)
+    ar_share: float = field(0.0, "share of steps at block size 1", low=0, high=1)
+    context_weight: float = field(1.0, "weight of the next-token loss on a causal context", low=0)
+    kl_weight: float = field(0.0, "share of the AR twin's distribution in the M2T label", low=0, high=1)
+    residual_share: float = field(1.0, "share of rows whose masks carry a residual, in the arm that learns it", low=0, high=1)
+    temperature: float = field(1.0, "T_res, of the entropy that weighs the residual in decoding", low=0.01)
+    top_k: int = field(0, "tokens that a residual is made of in decoding; 0 for all", low=0)
+    arms: list[str] = field(["residual", "no residual", "AR twin"], "what is trained; hildalib.recipe.ARMS")
+    looks_rows: int = field(32, "held-out rows whose masks are looked at twice", low=1)
+    task: str = field("arithmetic", "task whose prompts are answered")
+    items: int = field(16, "validation prompts a pair of thresholds", low=1)
+    tau_masks: list[float] = field([0.5, 0.9], "thresholds for writing a token", low=0, high=1)
+    tau_edits: list[float] = field([0.5, 1.0], "thresholds for editing a token; 1 never edits", low=0, high=1)
+    max_post_steps: int = field(4, "forwards a block may spend after its last mask", low=0)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    tpf_floor: float = field(2.0, "tokens a forward that the pair used on test prompts must reach", low=0)
+    test_items: int = field(16, "test prompts", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+
+
 @notebook("08_search")
 class Search(Common):
     task: str = field("arithmetic", "task whose test prompts are searched")

@@ -24,6 +24,8 @@ class Recipe:
     share of blocks whose masks are their last positions (`noise.suffix_blocks`); then the loss is no likelihood bound.
     edit_rate: share of visible tokens replaced at random (T2T). draft_share: share of rows whose masks are partly filled by
     the model's own argmax in `draft_turns` no-gradient turns. complementary: a second copy with the complement mask.
+    residual_share: share of rows whose masks carry what a frozen reference expects there (`residual.Residual`; 1 in RCD); residual_lag: share
+    of the visible response that is still masked for the reference, as it was a forward ago in decoding (ours; 0 in RCD).
     ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
     causal_context: the clean half attends causally, so that it stays an AR model; context_weight: weight of its next-token loss.
     adapter_rank: of LoRA on noisy rows alone over the frozen parent (`gated`), trained at adapter_lr; 0 trains every weight at lr.
@@ -51,6 +53,8 @@ class Recipe:
     keep_weight: float = 0.0
     draft_share: float = 0.0
     draft_turns: int = 1
+    residual_share: float = 0.0
+    residual_lag: float = 0.0
     ar_share: float = 0.0
     cap_weight: float = 0.0
     kl_weight: float = 0.0
@@ -91,20 +95,22 @@ class Recipe:
     def cost(self, length: int | None = None) -> float:
         """Forward passes over one clean row that a row of this recipe costs, mean over its steps; a backward pass counts as two.
 
-        Steps at block size `length` have no clean half, steps at (shifted) block size 1 nothing else; a teacher reads each row once more.
+        Steps at block size `length` have no clean half, steps at (shifted) block size 1 nothing else; a teacher reads each row once more,
+        a residual's reference its share of them in all that stands there.
         """
         rows = 0.0
         for size, steps in self.schedule.rungs():
             alone = 1.0 if size == 1 and self.label_shift else self.ar_share
             rows += steps * (alone + (1 - alone) * (self.copies_used + (size != length)))
-        return rows / self.schedule.total_steps * (3 + self.draft_share * self.draft_turns) + (self.kl_weight > 0)
+        return rows / self.schedule.total_steps * (3 + self.draft_share * self.draft_turns + self.residual_share) + (self.kl_weight > 0)
 
 
 class NoisedRows(torch.utils.data.Dataset):
     """Row n of a training run with its noise, a pure function of (recipe, n).
 
     rows: {"input_ids", "doc_ids", "maskable"}, each (N, L); row n shows text `order[n]`, n // global_batch is its step.
-    Items: input_ids, doc_ids (L,), noisy_ids, mask_targets, edit_targets, maskable, t, fill (C, L), block_size, row.
+    Items: input_ids, doc_ids (L,), noisy_ids, mask_targets, edit_targets, maskable, t, fill, unseen (C, L), carries, block_size, row.
+    carries: its masks carry a residual; unseen: the reference reads [MASK] there.
     """
 
     def __init__(self, rows: dict[str, Tensor], recipe: Recipe, tokenizer_ids: dict, world_size: int = 1):
@@ -142,7 +148,9 @@ class NoisedRows(torch.utils.data.Dataset):
         drafted = torch.rand(1, generator=generator) < recipe.draft_share
         fill = [c.mask_targets & drafted & (torch.rand(x0.shape, generator=generator) < torch.rand(1, generator=generator)) for c in copies]
         item = {name: torch.cat([getattr(c, name) for c in copies]) for name in ("noisy_ids", "mask_targets", "edit_targets", "t", "maskable")}
-        return item | {"fill": torch.cat(fill), "input_ids": x0[0], "doc_ids": docs[0], "block_size": size, "row": n}
+        carries = torch.rand((), generator=generator) < recipe.residual_share  # drawn last: other recipes see the noise they always saw
+        unseen = (torch.rand(item["maskable"].shape, generator=generator) < recipe.residual_lag) & item["maskable"]
+        return item | {"fill": torch.cat(fill), "unseen": unseen, "carries": carries, "input_ids": x0[0], "doc_ids": docs[0], "block_size": size, "row": n}
 
     def _rates(self, n: int, size: int, generator: torch.Generator) -> Tensor:
         length = self.rows["input_ids"].shape[1]
@@ -173,7 +181,8 @@ def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
     if name == "AR twin":
         steps = recipe.schedule.total_steps
         return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
-                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, adapter_rank=0, mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
+                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, adapter_rank=0, residual_share=0.0, residual_lag=0.0,
+                       mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
     if name not in ARMS:
         raise HildaError(f"arm {name!r} is unknown; use one of {', '.join(ARMS)}")
     changes = ARMS[name](recipe)
@@ -193,6 +202,9 @@ ARMS = {
     "size-1 rows": lambda r: {"ar_share": r.ar_share or 0.2},
     "complementary": lambda r: {"complementary": True},
     "suffix masks": lambda r: {"suffix_share": r.suffix_share or 0.5},
+    "residual": lambda r: {"residual_share": r.residual_share or 1.0, "residual_lag": 0.0},
+    "lagging residual": lambda r: {"residual_share": r.residual_share or 1.0, "residual_lag": r.residual_lag or 1.0},
+    "no residual": lambda r: {"residual_share": 0.0, "residual_lag": 0.0},
     "no keep": lambda r: {"keep_weight": 0.0},
     "causal context": lambda r: {"causal_context": True, "context_weight": r.context_weight or 1.0},
     "block-causal context": lambda r: {"causal_context": False, "context_weight": 0.0},

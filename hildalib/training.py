@@ -32,9 +32,9 @@ BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)  # edges of the per-t loss curves
 class DiffusionTrainer(Trainer):
     """Hugging Face Trainer with the block-diffusion objective: its checkpoints, resume, accumulation and accelerate."""
 
-    def __init__(self, *args, recipe: Recipe, hilda: dict, parent=None, **kwargs):
+    def __init__(self, *args, recipe: Recipe, hilda: dict, parent=None, reference=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.recipe, self.hilda, self.parent = recipe, hilda, parent
+        self.recipe, self.hilda, self.parent, self.reference = recipe, hilda, parent, reference
         self.loss_is_scaled_for_ga = True  # losses are divided by the target counts of the whole step
         self._sums: dict[str, float] = defaultdict(float)
         self._clock = time.perf_counter()
@@ -84,6 +84,19 @@ class DiffusionTrainer(Trainer):
         noise *= recipe.mask_noise * (1 - step / recipe.mask_noise_steps)
         return embeds + noise.to(embeds) * (layout.ids == self.hilda["mask_token_id"])[..., None]
 
+    def _carried(self, model, batch: dict, noised: Noised, layout: Layout, embeds: Tensor | None) -> Tensor | None:
+        """Input embeddings whose masks carry what the frozen reference expects there, in the rows that are to (RCD, Algorithm 1);
+        `embeds` where there are none."""
+        rows = batch["carries"]
+        if layout.autoregressive or not rows.any():
+            return embeds
+        mask_id = self.hilda["mask_token_id"]
+        masks = (noised.noisy_ids == mask_id).view(batch["noisy_ids"].shape)[rows]
+        before = self._layout(batch, noised.noisy_ids.masked_fill(batch["unseen"].flatten(0, 1), mask_id), rows)
+        with torch.no_grad():
+            logits = target_logits(self.reference, before, masks)
+        return layout.carry(model, logits, rows, embeds)
+
     @torch.no_grad()
     def _draft(self, model, batch: dict, noised: Noised, reading: CleanReading | None) -> Noised:
         """Masks marked `fill` get the model's argmax (multi-turn forward); only rows with such masks are run."""
@@ -91,14 +104,13 @@ class DiffusionTrainer(Trainer):
         rows = batch["fill"].any(-1).any(-1)
         if not rows.any():
             return noised
-        fill, x0, docs = batch["fill"][rows], batch["input_ids"][rows], batch["doc_ids"][rows]
+        fill = batch["fill"][rows]
         read = None if reading is None else reading.of(rows)
 
         def predict(noisy: Tensor) -> Tensor:
             canvas = noisy.view(batch_size, copies, length).clone()
-            layout = Layout.build(x0, canvas[rows], docs, batch["block_size"], self.recipe.label_shift, self.recipe.causal_context)
             drafted = canvas[rows]
-            drafted[fill] = target_logits(model, layout, fill, reading=read).argmax(-1)
+            drafted[fill] = target_logits(model, self._layout(batch, noisy, rows), fill, reading=read).argmax(-1)
             canvas[rows] = drafted
             return canvas.flatten(0, 1)
 
@@ -115,8 +127,9 @@ class DiffusionTrainer(Trainer):
             logits = clean_logits(self.model, reading, row, position - 1)
         return logits.log_softmax(-1).topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
 
-    def _layout(self, batch: dict, noisy_ids: Tensor) -> Layout:
-        return Layout.build(batch["input_ids"], noisy_ids.view(batch["noisy_ids"].shape), batch["doc_ids"], batch["block_size"],
+    def _layout(self, batch: dict, noisy_ids: Tensor, rows=slice(None)) -> Layout:
+        """Of noisy_ids (B * C, L); rows: of those rows of the batch alone."""
+        return Layout.build(batch["input_ids"][rows], noisy_ids.view(batch["noisy_ids"].shape)[rows], batch["doc_ids"][rows], batch["block_size"],
                             self.recipe.label_shift, self.recipe.causal_context)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -127,6 +140,7 @@ class DiffusionTrainer(Trainer):
         targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
         context = self._context(inputs) if recipe.context_weight and layout.clean is not None else None
         embeds = self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0])
+        embeds = self._carried(model, inputs, noised, layout, embeds)
         logits, following = target_logits(model, layout, targets.view(shape), embeds, context, reading).tensor_split([int(targets.sum())])
         labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
         nll = F.cross_entropy(logits, labels, reduction="none")
@@ -263,14 +277,16 @@ def _check_gated(recipe: Recipe) -> None:
         raise HildaError("adapters on noisy rows cannot learn from clean ones; set context_weight and ar_share to 0 and leave block size 1 out of the schedule")
 
 
-def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, validation: dict[str, Tensor] | None = None,
-          title: str = "train"):
+def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Path, *, parent=None, reference=None,
+          validation: dict[str, Tensor] | None = None, title: str = "train"):
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
 
     rows: {"input_ids" long, "doc_ids" long, "maskable" bool}, each (N, L). parent: the frozen AR model, needed when
-    recipe.kl_weight > 0 (a gated model is its own teacher: the parent under its adapters). validation: rows that choose the checkpoints to merge, needed when recipe.merge_top_k > 0. Under
-    `torchrun` or `accelerate launch` recipe.batch_size is per process. An interrupted run with the same recipe, rows and
-    weights continues from its last checkpoint; a finished one is loaded. Raises HildaError on an impossible recipe or a loss that is not a number.
+    recipe.kl_weight > 0 (a gated model is its own teacher: the parent under its adapters). reference: the frozen dLLM of the same
+    vocabulary whose distributions masks carry, needed when recipe.residual_share > 0. validation: rows that choose the checkpoints to
+    merge, needed when recipe.merge_top_k > 0. Under `torchrun` or `accelerate launch` recipe.batch_size is per process. An interrupted
+    run with the same recipe, rows and weights continues from its last checkpoint; a finished one is loaded. Raises HildaError on an
+    impossible recipe or a loss that is not a number.
     """
     import pandas as pd
 
@@ -278,6 +294,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         _check_gated(recipe)
     if recipe.kl_weight and parent is None and not is_gated(model):
         raise HildaError("kl_weight > 0 needs the frozen AR parent; pass parent=... or set kl_weight to 0")
+    if recipe.residual_share and reference is None:
+        raise HildaError("residual_share > 0 needs the frozen model that supplies the residual; pass reference=... or set residual_share to 0")
     if recipe.merge_top_k and (validation is None or not recipe.save_every):
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
     arguments, log = _arguments(recipe, folder / "checkpoints", model.device), folder / "log.csv"
@@ -291,11 +309,11 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
            "vocab_size": model.get_input_embeddings().weight.shape[0]}
     trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids, arguments.world_size), data_collator=collate,
-                               recipe=recipe, hilda=model.config.hilda, parent=parent)
+                               recipe=recipe, hilda=model.config.hilda, parent=parent, reference=reference)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines(title))
     model.train()
-    for tiled in filter(None, (model, parent)):
+    for tiled in filter(None, (model, parent, reference)):
         tiled.set_attn_implementation(TILED)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -303,7 +321,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         warnings.filterwarnings("ignore", module="peft")  # each save of an adapter looks for its base's config.json on the hub
         trainer.train(resume_from_checkpoint=resumable(folder / "checkpoints"))
     model.eval()
-    for tiled in filter(None, (model, parent)):
+    for tiled in filter(None, (model, parent, reference)):
         tiled.set_attn_implementation("sdpa")
     if recipe.merge_top_k:
         _merge_best(model, recipe, folder / "checkpoints", validation)

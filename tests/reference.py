@@ -5,9 +5,17 @@ import torch
 from hildalib import attention
 
 
-def _logits(model, x, end, mask):
+def embedded(model, ids, carried):
+    """(1, n, D) embeddings of ids (n,), with the vector of each position of the dict `carried` in place of its own."""
+    embeds = model.get_input_embeddings()(ids)[None].clone()
+    for position, vector in carried.items():
+        embeds[0, position] = vector
+    return embeds
+
+
+def _logits(model, x, end, mask, carried={}):
     positions = torch.arange(end)[None]
-    z = model(input_ids=x[None, :end], attention_mask=mask, position_ids=positions, use_cache=False).logits[0].float()
+    z = model(inputs_embeds=embedded(model, x[:end], carried), attention_mask=mask, position_ids=positions, use_cache=False).logits[0].float()
     z[:, model.config.hilda["mask_token_id"]] = -torch.inf
     return torch.cat([z[:1], z[:-1]]) if model.config.hilda["label_shift"] else z
 

@@ -7,9 +7,10 @@ import math
 
 import numpy as np
 import torch
-from reference import _logits, open_block
+from reference import _logits, embedded, open_block
 
 from hildalib.decoding import commit, revise
+from hildalib.residual import Residual
 
 
 class Row:
@@ -212,7 +213,7 @@ def step(settings, logits, canvas, free, mask_id, state, snapshot, history, rema
     return after, filled, revised
 
 
-def shadow_logits(model, x, start, end, isolated):
+def shadow_logits(model, x, start, end, isolated, carried={}):
     """(K, V): what WINO's shadow rows say, from one uncached forward over [x_0 .. x_end | shadow] and a mask written out pair by pair."""
     M, shift, size = model.config.hilda["mask_token_id"], model.config.hilda["label_shift"], end - start
     rows = [("mask", i) for i in range(shift, size)] + [("again", i) for i in range(1, size) if shift]  # i: the position that is predicted
@@ -225,9 +226,23 @@ def shadow_logits(model, x, start, end, isolated):
             sees[end + q, key] = key != start + i and not (kind == "again" and key == start + i - 1)
         for key, (other, j) in enumerate(rows):
             sees[end + q, end + key] = (other == "mask" and (j == i or not isolated)) or key == q
-    z = model(input_ids=torch.tensor([ids]), attention_mask=sees[None, None], position_ids=torch.tensor([places]), use_cache=False).logits[0].float()
+    z = model(inputs_embeds=embedded(model, torch.tensor(ids), carried), attention_mask=sees[None, None], position_ids=torch.tensor([places]), use_cache=False).logits[0].float()
     z[:, M] = -torch.inf
     return torch.cat([z[start - 1 if start else 0][None], z[end + size - 1:]]) if shift else z[end:]
+
+
+def carried_by(rule, model, logits, forwards):
+    """The embedding of a mask whose distribution was softmax(logits) (V,) in the last of `forwards` forwards of its text."""
+    E, mask = model.get_input_embeddings().weight, model.get_input_embeddings().weight[model.config.hilda["mask_token_id"]]
+    p, q = logits.softmax(-1).tolist(), (logits / rule.temperature).softmax(-1).tolist()
+    if not isinstance(rule, Residual):
+        share = min(rule.start + rule.growth * (forwards - 1), rule.most)
+        return mask + share * sum(chance * vector for chance, vector in zip(q, E))
+    share = rule.weight * -sum(chance * math.log(chance) for chance in q if chance > 0) / math.log(len(q))
+    chances = q if rule.tempered else p
+    kept = sorted(range(len(p)), key=lambda v: -chances[v])[:rule.top_k or len(p)]
+    expected = sum(chances[v] * E[v] for v in kept) / sum(chances[v] for v in kept)
+    return (1 - share) * mask + share * expected
 
 
 @torch.no_grad()
@@ -240,18 +255,21 @@ def decode(model, prompt, s, generator=None):
     x[:P] = prompt
     snapshot, remasks, forwards = [math.nan] * len(x), [0] * len(x), 0
     for k in range(P // K, blocks):
-        a, e, fulls, state = k * K, (k + 1) * K, 0, {}
+        a, e, fulls, state, carried = k * K, (k + 1) * K, 0, {}, {}
         while True:
             canvas, free = x[a:e].tolist(), [i >= P for i in range(a, e)]
             had_masks = M in canvas
             visible = any(free[i] and canvas[i] != M for i in range(K))
-            shadow = shadow_logits(model, x, a, e, rule.isolated) if rule.shadow and had_masks and visible else None
-            z = _logits(model, x, e, open_block(a, e, K, causal))[a:e]
+            shadow = shadow_logits(model, x, a, e, rule.isolated, carried) if rule.shadow and had_masks and visible else None
+            z = _logits(model, x, e, open_block(a, e, K, causal), carried)[a:e]
             forwards += 1
+            read = list(canvas)
             own_snapshot, own_remasks = snapshot[a:e], remasks[a:e]
             draws = torch.rand(1, K, generator=generator)[0] if generator else None
-            canvas, _, revised = step(s, z, canvas, free, M, state, own_snapshot, list(snapshot), own_remasks, shadow, draws)
+            canvas, filled, revised = step(s, z, canvas, free, M, state, own_snapshot, list(snapshot), own_remasks, shadow, draws)
             x[a:e], snapshot[a:e], remasks[a:e] = torch.tensor(canvas), own_snapshot, own_remasks
+            left = [i for i in range(K) if read[i] == M and i not in filled] if s.residual else []
+            carried = {a + i: carried_by(s.residual, model, z[i], forwards) for i in left}
             fulls += M not in canvas
             stable = not had_masks and not revised
             if stable or M not in canvas and fulls > (s.max_post_steps if rule.confirms else 0):

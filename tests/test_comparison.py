@@ -85,6 +85,21 @@ def test_the_figure_draws_every_setting_each_seed_and_their_mean():
     matplotlib.pyplot.close(figure)
 
 
+def test_accuracy_against_forwards_counts_every_cheaper_setting_and_the_twin_is_a_line():
+    rows = pd.DataFrame([("a", 0, 4.0, 0.9), ("a", 0, 2.0, 0.5), ("a", 1, 3.0, 0.7), ("a", 1, 2.5, 0.8), ("AR twin", 0, 16.0, 0.9), ("AR twin", 1, 15.0, 1.0)],
+                        columns=["arm", "seed", "nfe", "accuracy"])
+    figure = comparison.forwards(rows)
+    axes, = figure.axes
+    mean = next(line for line in axes.lines if line.get_linewidth() > 2)
+    spent, best = mean.get_xdata(), mean.get_ydata()
+    assert sorted((spent.min(), spent.max())) == [2.5, 4.0]  # from where both seeds have a setting
+    found = {x: best[np.argmin(abs(spent - x))] for x in (2.5, 3.5, 4.0)}
+    assert found == pytest.approx({2.5: (0.5 + 0.8) / 2, 3.5: (0.5 + 0.8) / 2, 4.0: (0.9 + 0.8) / 2})
+    line = next(line for line in axes.lines if line.get_linestyle() == "--")
+    assert [*line.get_ydata()] == pytest.approx([0.95, 0.95]) and "AR twin, 15.5" in {text.get_text() for text in axes.texts}
+    matplotlib.pyplot.close(figure)
+
+
 def test_differences_are_paired_by_seed():
     table = pd.DataFrame({"arm": ["a", "b", "c"] * 3, "seed": [0, 0, 0, 1, 1, 1, 2, 2, 2], "loss": [1.0, 1.5, 0.9, 2.0, 2.5, 2.1, 3.0, 3.5, np.nan]})
     found = comparison.differences(table, "loss", reference="a").set_index("arm")

@@ -124,6 +124,7 @@ def changed(name):
     ("dLLM", {}), ("no T2T", {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}), ("random T2T", {"draft_share": 0.0}),
     ("hard labels", {"kl_weight": 0.0}), ("parent KL", {}), ("unshifted", {"label_shift": False}), ("no size-1 rows", {"ar_share": 0.0}), ("size-1 rows", {}),
     ("direct", {"schedule": asdict(BlockSchedule(stable=(4, 8)))}), ("complementary", {}), ("no keep", {"keep_weight": 0.0}),
+    ("residual", {"residual_share": 1.0}), ("no residual", {}),
     ("suffix masks", {"suffix_share": 0.5}), ("full sequence", {"schedule": asdict(BlockSchedule(stable=(16, 8)))}), ("checkpoint merge", {"merge_top_k": 3, "save_every": 1}),
     ("causal context", {"causal_context": True, "context_weight": 1.0}), ("block-causal context", {}), ("no AR term", {}),
     ("no mask noise", {"mask_noise_steps": 0}), ("stable stage", {"schedule": asdict(LADDER.with_stable_stage())})])
@@ -134,6 +135,7 @@ def test_an_arm_changes_one_idea_and_nothing_else(name, expected):
 def test_arms_of_a_recipe_with_a_causal_context():
     causal = replace(FULL, causal_context=True, context_weight=0.7)
     assert arm(causal, "causal context") == causal and arm(causal, "no AR term") == replace(causal, context_weight=0.0)
+    assert arm(replace(causal, residual_share=0.5), "AR twin") == arm(FULL, "AR twin") and arm(replace(FULL, residual_share=0.5), "no residual") == FULL
     assert arm(causal, "block-causal context") == FULL and arm(causal, "AR twin") == arm(FULL, "AR twin")
 
 
@@ -161,6 +163,7 @@ def test_the_cost_of_a_row_by_hand():
     plain = Recipe(BlockSchedule(decay=[(4, 10)]))
     assert plain.cost() == 3 * 2  # noisy and clean half, forward and backward
     assert replace(plain, copies=3).cost() == 3 * 4 and replace(plain, complementary=True).cost() == 3 * 3
+    assert replace(plain, residual_share=0.5).cost() == 6 + 0.5 * 2  # the reference reads both halves of half the rows
     assert replace(plain, kl_weight=0.5).cost() == 6 + 1 and replace(plain, draft_share=0.5, draft_turns=2).cost() == 6 + 0.5 * 2 * 2
 
 

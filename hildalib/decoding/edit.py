@@ -14,6 +14,7 @@ from hildalib.decoding.decoded import Decoded, blank, check_context, completion,
 from hildalib.decoding.reader import Reader
 from hildalib.decoding.settings import EditSettings
 from hildalib.decoding.trace import Recorder
+from hildalib.residual import carry
 
 
 class BlockLoop:
@@ -46,7 +47,7 @@ class BlockLoop:
         self.payer = self.live.clone()  # batch row -> whose account its forwards go to
         self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
         self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
-        self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, (B, ...) each
+        self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, and what their masks carry, (B, ...) each
         self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
 
     def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
@@ -70,11 +71,19 @@ class BlockLoop:
         self.snapshot[live] = block.history.scatter(1, positions, block.snapshot)
         if self.revise.remasks:
             self.remasks[live] = self.remasks[live].scatter_add(1, positions, revised.long())
+        if self.settings.residual:
+            block.memory["residual"] = self._residual(live, logits, block.hidden & ~block.filled)
         for name, value in block.memory.items():
             self.memory.setdefault(name, value.new_zeros(len(self.canvas), *value.shape[1:]))[live] = value
         if self.recorder:
             self.recorder.write(live, positions, filled, revised, block.confidence, block.tokens, self.revise.remasks)
         return (ids != self.mask_id).all(-1), revised.any(-1)
+
+    def _residual(self, live: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
+        """(b, K, D): what the next forward adds to the embeddings of `masks` (b, K) bool, read as [MASK] and not written; zeros elsewhere."""
+        forwards = self.reader.forwards[live[masks.nonzero()[:, 0]]]
+        added = self.settings.residual(logits[masks], self.reader.model.get_input_embeddings(), self.mask_id, forwards)
+        return carry(added.new_zeros(*masks.shape, added.shape[-1]), masks, added)
 
     def step(self) -> None:
         """One forward of every live row: fill and edit its block; where the block was done, begin the next one too."""
@@ -86,7 +95,8 @@ class BlockLoop:
         shadowed = had_masks & (~masked & (positions >= self.lengths[live][:, None])).any(-1) & self.revise.shadow
         ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
         spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
-        read = reader.read(self.canvas[live], self.start[live], self.payer[live], ahead, spent, shadowed)
+        carried = self.memory["residual"][live] if "residual" in self.memory else None
+        read = reader.read(self.canvas[live], self.start[live], self.payer[live], ahead, spent, shadowed, carried=carried)
         full, edited = self._write(live, reader.align(read.own, reader.carry), spent, read.hidden)
         self.post[live] += full.long()
         stable = ~had_masks & ~edited  # the forward saw the block's final tokens

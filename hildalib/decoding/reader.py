@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hildalib import attention
@@ -76,19 +77,27 @@ class Reader:
         self.forwards.index_add_(0, rows, torch.ones_like(rows))
         self.fed.index_add_(0, rows, torch.as_tensor(positions, device=rows.device).expand(rows.shape))
 
-    def _feed(self, *parts: _Part) -> list[Tensor]:
-        """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots."""
+    def _feed(self, *parts: _Part, carried: Tensor | None = None) -> list[Tensor]:
+        """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots. carried (b, K, D): added to the
+        embeddings of the first K columns."""
         slots = torch.cat([part.slots for part in parts], 1)
         used = self.cache.at(slots).used
         mask = torch.cat([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
         index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
         index = [rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)]
         with selected_rows(self.model, torch.cat(index, 1).flatten()), noisy_rows(self.model, self._noisy(parts)):
-            logits = self.model(input_ids=torch.cat([part.ids for part in parts], 1), position_ids=torch.cat([part.positions for part in parts], 1),
+            logits = self.model(**self._source(torch.cat([part.ids for part in parts], 1), carried), position_ids=torch.cat([part.positions for part in parts], 1),
                                 attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
         logits = logits.view(len(slots), -1, logits.shape[-1])
         logits[..., self.mask_id] = -torch.inf
         return list(logits.split([rows.shape[1] for rows in index], 1))
+
+    def _source(self, ids: Tensor, carried: Tensor | None) -> dict[str, Tensor]:
+        """The model's input: ids (b, Q), or their embeddings with `carried` (b, K, D) added to the first K."""
+        if carried is None:
+            return {"input_ids": ids}
+        embeds = self.model.get_input_embeddings()(ids)
+        return {"inputs_embeds": embeds + F.pad(carried, (0, 0, 0, ids.shape[1] - carried.shape[1])).to(embeds.dtype)}
 
     def _noisy(self, parts: tuple[_Part, ...]) -> Tensor | None:
         """(b, Q) True = not a row of the context, for a gated model; at shifted block size 1 every row is the AR model's."""
@@ -101,10 +110,11 @@ class Reader:
         return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted, clean)
 
     def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
-             verify: bool = False) -> Reading:
+             verify: bool = False, carried: Tensor | None = None) -> Reading:
         """The blocks of canvas (b, T) that begin at start (b,). ahead (b,) bool: the block has no mask, and if it stays as it is it is
         committed by this forward, which reads the next one too. spent (b,) bool: it will stay. shadowed (b,) bool: its tokens are to be
-        predicted without being seen. live (b,): the rows' numbers in the account (`count`). verify: the whole causal copy is wanted."""
+        predicted without being seen. live (b,): the rows' numbers in the account (`count`). verify: the whole causal copy is wanted.
+        carried (b, K, D): what the masks of the block add to their embeddings."""
         size = self.size
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
@@ -117,7 +127,7 @@ class Reader:
             parts = [self._in_place(canvas, self.positions(start, size * (2 if ahead.any() else 1)))]
         if shadowed.any():
             parts.append(self._shadow(canvas, start))
-        *read, hidden = self._feed(*parts) if shadowed.any() else (*self._feed(*parts), None)
+        *read, hidden = *self._feed(*parts, carried=carried), *[None] * (not shadowed.any())
         if hidden is not None and self.shift:
             first = read[0][:, :1] if self.carry is None else self.carry[:, None]
             hidden = torch.cat([first, hidden], 1)

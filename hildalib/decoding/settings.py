@@ -11,6 +11,7 @@ from torch import Tensor
 from hildalib import HildaError
 from hildalib.decoding import commit as commits, revise as revisions
 from hildalib.decoding.rules import Block
+from hildalib.residual import Residual, Smoothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class EditSettings:
     of `decoding.revise`; None is `Edit(tau_edit)`. Any two go together. sub_block: masks are written in the leftmost stretch of
     that many positions that still has some (Fast-dLLM v2, arXiv 2509.26328, section 3.3: 8 in a block of 32), whatever the
     rule; the whole block stays in view. max_remasks: how often one position may go back to [MASK].
+
+    residual: what a mask carries from one forward of its block to the next (`hildalib.residual`); None is the plain [MASK]. The first
+    forward of a block has none (a cold start); a position's is gone once it is written, and comes anew if it goes back to [MASK].
 
     Every decode ends: each forward of a block with masks writes at least one, a position is a mask at most 1 + max_remasks
     times, and a block may be without masks after at most max_post_steps + 1 forwards. So a block of K costs at most
@@ -43,6 +47,7 @@ class EditSettings:
     revise: revisions.Revision | None = None
     sub_block: int | None = None
     max_remasks: int = 1  # Token-to-Mask (arXiv 2604.18738) lets a position go back once
+    residual: Residual | Smoothing | None = None
 
     def __post_init__(self):
         for name in ("tau_mask", "tau_edit", "temperature"):
