@@ -41,19 +41,20 @@ def _block_causal(length: int, block_size: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _noisy_clean(length: int, block_size: int, copies: int, causal_context: bool) -> Tensor:
+def _noisy_clean(length: int, block_size: int, copies: int, causal_context: bool, pipeline: int, causal_blocks: bool) -> Tensor:
     index = torch.arange((copies + 1) * length)
-    return _layout_rule(index[:, None], index[None, :], length, block_size, copies, causal_context)
+    return _layout_rule(index[:, None], index[None, :], length, block_size, copies, causal_context, pipeline, causal_blocks)
 
 
-def _layout_rule(q, k, length: int, block_size: int, copies: int, causal_context: bool):
+def _layout_rule(q, k, length: int, block_size: int, copies: int, causal_context: bool, pipeline: int, causal_blocks: bool):
     """The block-diffusion rule (LLaDA2.0 Eq. 3; BD3-LM) for rows q and keys k: parts 0..copies-1 are noisy, part `copies` is clean."""
     part_q, part_k, at_q, at_k = q // length, k // length, q % length, k % length
     block_q, block_k = at_q // block_size, at_k // block_size
+    group_q, group_k = block_q // pipeline, block_k // pipeline
     clean_q, clean_k = part_q == copies, part_k == copies
-    own_block = ~clean_q & (part_q == part_k) & (block_q == block_k)
-    past_clean = ~clean_q & clean_k & (block_q > block_k)
-    return own_block | past_clean | (clean_q & clean_k & (at_q >= at_k if causal_context else block_q >= block_k))
+    own_group = ~clean_q & (part_q == part_k) & (group_q == group_k) & (at_q >= at_k if causal_blocks else block_q >= block_k)
+    past_clean = ~clean_q & clean_k & (group_q > group_k)
+    return own_group | past_clean | (clean_q & clean_k & (at_q >= at_k if causal_context or causal_blocks else block_q >= block_k))
 
 
 def block_causal(length: int, block_size: int, doc_ids: Tensor | None = None) -> Tensor:
@@ -70,13 +71,16 @@ def block_causal(length: int, block_size: int, doc_ids: Tensor | None = None) ->
     return _documents(_block_causal(length, block_size), doc_ids, 1)
 
 
-def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False) -> Tensor:
+def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False,
+                pipeline: int = 1, causal_blocks: bool = False) -> Tensor:
     """Mask of the layout [xt_1 | .. | xt_copies | x0], all parts at the same positions 0..L-1.
 
     A noisy row sees its own block of its own copy and the clean blocks strictly before it; a clean row sees clean
     blocks up to its own (LLaDA2.0 Eq. 3). Several noisy copies share one clean copy, so C copies cost (C + 1) L
     rows and not 2 C L. causal_context: a clean row sees clean rows up to its own instead, so the clean half is the AR model
-    that the dLLM comes from (the form is ours). Returns (1 or B, 1, (C+1)L, (C+1)L) bool, True = may attend; no row is
+    that the dLLM comes from (the form is ours). pipeline: in groups of that many blocks a noisy row sees its own block and the noisy
+    ones before it, and the clean ones only of earlier groups (D2F, arXiv 2508.09192; groups are ours, D2F has one). causal_blocks: it
+    sees nothing to its right even in its own block, nor does a clean row (CARD, arXiv 2601.22031). Returns (1 or B, 1, (C+1)L, (C+1)L) bool, True = may attend; no row is
     ever empty. For L = 4, K = 2, C = 1, without and with causal_context:
 
         # # . . | . . . .        # # . . | . . . .
@@ -89,14 +93,15 @@ def noisy_clean(length: int, block_size: int, doc_ids: Tensor | None = None, cop
         . . . . | # # # #        . . . . | # # # .
         . . . . | # # # #        . . . . | # # # #
     """
-    return _documents(_noisy_clean(length, block_size, copies, causal_context), doc_ids, copies + 1)
+    return _documents(_noisy_clean(length, block_size, copies, causal_context, pipeline, causal_blocks), doc_ids, copies + 1)
 
 
-def noisy_clean_mod(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False):
+def noisy_clean_mod(length: int, block_size: int, doc_ids: Tensor | None = None, copies: int = 1, causal_context: bool = False,
+                    pipeline: int = 1, causal_blocks: bool = False):
     """The same rule as a FlexAttention `mask_mod(b, h, q, kv)`, for `create_block_mask` on a GPU."""
 
     def mask_mod(b, h, q, kv):
-        rule = _layout_rule(q, kv, length, block_size, copies, causal_context)
+        rule = _layout_rule(q, kv, length, block_size, copies, causal_context, pipeline, causal_blocks)
         return rule if doc_ids is None else rule & (doc_ids[b, q % length] == doc_ids[b, kv % length])
 
     return mask_mod
@@ -138,14 +143,15 @@ def beside(start: Tensor, slots: int, first: int, seen: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _tile_plan(length: int, block_size: int, copies: int, causal_context: bool) -> list[tuple[slice, Tensor]]:
-    base = _noisy_clean(length, block_size, copies, causal_context) if copies else _block_causal(length, block_size)
+def _tile_plan(length: int, block_size: int, copies: int, *rule: bool | int) -> list[tuple[slice, Tensor]]:
+    base = _noisy_clean(length, block_size, copies, *rule) if copies else _block_causal(length, block_size)
     starts = [part * length + at for part in range(copies + 1) for at in range(0, length, TILE)]
     rows = [slice(start, start + min(TILE, length - start % length)) for start in starts]
     return [(row, base[row].any(0).nonzero()[:, 0]) for row in rows]
 
 
-def tiles(mask: Tensor, length: int, block_size: int, copies: int, causal_context: bool = False) -> list[tuple[slice, Tensor, Tensor]] | None:
+def tiles(mask: Tensor, length: int, block_size: int, copies: int, causal_context: bool = False, pipeline: int = 1,
+          causal_blocks: bool = False) -> list[tuple[slice, Tensor, Tensor]] | None:
     """`mask` in stretches of at most TILE queries, each with the keys that any of them may see: (rows, keys (n,), mask part).
 
     mask: what `noisy_clean` (or, copies = 0, `block_causal`) gave for these arguments. None where tiles would not pay. With C
@@ -154,7 +160,7 @@ def tiles(mask: Tensor, length: int, block_size: int, copies: int, causal_contex
     """
     if length < 2 * TILE:
         return None
-    plan = [(rows, keys.to(mask.device)) for rows, keys in _tile_plan(length, block_size, copies, causal_context)]
+    plan = [(rows, keys.to(mask.device)) for rows, keys in _tile_plan(length, block_size, copies, causal_context, pipeline, causal_blocks)]
     return [(rows, keys, mask[:, :, rows][..., keys]) for rows, keys in plan]
 
 

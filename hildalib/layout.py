@@ -47,21 +47,25 @@ class Layout:
     tiles: list | None = field(default=None, repr=False)  # of `attention.tiles`
 
     @classmethod
-    def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool, causal_context: bool = False) -> "Layout":
-        """x0, docs (B, L); noisy (B, C, L). The clean half is dropped at block size L, the noisy one at shifted size 1."""
+    def build(cls, x0: Tensor, noisy: Tensor, docs: Tensor, block_size: int, label_shift: bool, causal_context: bool = False, pipeline: int = 1,
+              causal_blocks: bool = False, stream: bool = False) -> "Layout":
+        """x0, docs (B, L); noisy (B, C, L). The clean half is dropped at block size L, the noisy one at shifted size 1. pipeline,
+        causal_blocks: as in `attention.noisy_clean`. stream: noisy copies alone, each read causally from its first token on (CARD)."""
         batch, copies, length = noisy.shape
         device, clean, autoregressive = x0.device, None, block_size == 1 and label_shift
         if autoregressive:
             ids, mask = x0, attention.block_causal(length, 1, docs)
             source = source_rows(length, length, True, clean=False)[:1].expand(copies, -1)
             parts, tiles = 1, attention.tiles(mask, length, 1, 0)
-        elif block_size == length:
-            ids, mask = noisy.flatten(0, 1), attention.full(docs.repeat_interleave(copies, 0))
+        elif block_size == length or stream:
+            every = docs.repeat_interleave(copies, 0)
+            ids, mask = noisy.flatten(0, 1), attention.block_causal(length, 1, every) if stream else attention.full(every)
             source, parts, tiles = source_rows(length, length, label_shift, clean=False), 1, None
         else:
-            ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies, causal_context)
-            source, parts, clean = source_rows(length, block_size, label_shift, copies=copies), copies + 1, copies * length
-            tiles = attention.tiles(mask, length, block_size, copies, causal_context)
+            rule = causal_context, pipeline, causal_blocks
+            ids, mask = torch.cat([noisy.flatten(1), x0], 1), attention.noisy_clean(length, block_size, docs, copies, *rule)
+            source = source_rows(length, block_size * pipeline, label_shift, copies=copies)  # inside a group the row before is a noisy one
+            parts, clean, tiles = copies + 1, copies * length, attention.tiles(mask, length, block_size, copies, *rule)
         positions = torch.arange(length, device=device).repeat(parts).expand(len(ids), -1)
         return cls(ids, mask.to(device), positions, source.to(device), clean, autoregressive, tiles)
 
@@ -154,7 +158,8 @@ def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bo
             noised = corrupt(x0, predictable(maskable, docs, label_shift), block_size=block_size, t=t, generator=generator,
                              mask_token_id=model.config.hilda["mask_token_id"], forbidden_ids=[])
             canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
-            targets, layout = noised.mask_targets.to(model.device), Layout.build(*canvas, block_size, label_shift, causal_context)
+            targets = noised.mask_targets.to(model.device)
+            layout = Layout.build(*canvas, block_size, label_shift, causal_context, causal_blocks=record.get("causal_blocks", False))
             reading = read_clean(model, layout)
             logits = target_logits(model, layout, targets[:, None], reading=reading)
             if residual:

@@ -1,7 +1,8 @@
 """Forward corruption of block diffusion: masks (M2T), wrong tokens (T2T), complements and the model's own drafts.
 
 Absorbing noise with the linear schedule alpha_t = 1 - t: a maskable token is [MASK] with probability t, one t per block.
-Entry points: `corrupt`, `complement`, `own_drafts`, `block_rates`, `suffix_blocks`; all return or take `Noised`, all tensors (B, L).
+Entry points: `corrupt`, `complement`, `own_drafts`, `block_rates`, `rising_rates`, `soft_tail`, `suffix_blocks`; all return or take `Noised`,
+all tensors (B, L).
 """
 
 from collections.abc import Callable
@@ -44,6 +45,31 @@ def block_rates(rows: int, blocks: int, *, low: float = 0.0, high: float = 1.0, 
     rates = low + (high - low) * u
     rates[torch.rand(count, generator=generator) < full_share] = 1.0
     return rates.view(rows, blocks)
+
+
+def rising_rates(rates: Tensor, group: int, *, high: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """(rows, blocks) mask rates that rise inside each group of `group` blocks, from rates of the same shape (`block_rates`): the first
+    block of a group keeps its rate p, each further one adds U(0, 1) (high - p) / (group - 1), and none falls below a rate of its own that is 1
+    (D2F, arXiv 2508.09192, as in its code, which draws p from [0.2, 0.7] and has one group a row)."""
+    rows, blocks = rates.shape
+    groups = -(-blocks // group)
+    padded = torch.cat([rates, rates.new_zeros(rows, groups * group - blocks)], 1).view(rows, groups, group)
+    first = padded[..., :1]
+    steps = torch.rand(padded.shape, generator=generator) * (high - first).clamp(min=0) / max(group - 1, 1)
+    steps[..., 0] = 0.0
+    rising = torch.maximum(first + steps.cumsum(-1), (padded == 1.0).float().cummax(-1).values)
+    return rising.view(rows, -1)[:, :blocks]
+
+
+def soft_tail(maskable: Tensor, slack: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """(B, L) mask rates of CARD's soft tail (arXiv 2601.22031): of n maskable positions N ~ U{1..n} are to be masked, in a window of the last
+    W = min(n, slack N) of them, so each there with probability N / W (drawn one by one here; the paper draws exactly N). slack is its lambda,
+    whose value is unpublished."""
+    count = maskable.sum(1, keepdim=True)
+    wanted = (torch.rand(count.shape, generator=generator) * count).floor() + 1
+    window = (slack * wanted).floor().clamp(max=count)
+    behind = maskable.long().flip(1).cumsum(1).flip(1)  # 1 at the last maskable position
+    return torch.where(maskable & (behind <= window), wanted / window.clamp(min=1), 0.0).clamp(max=1.0)
 
 
 def suffix_blocks(rows: int, blocks: int, share: float, *, generator: torch.Generator | None = None) -> Tensor:

@@ -35,9 +35,9 @@ def _mean(values: Tensor, where: Tensor, count: Tensor | None = None) -> Tensor:
 
 def target_counts(noised: Noised, weighting: str) -> dict[str, Tensor]:
     """Denominators of one batch; summed over micro-batches and processes they make accumulated = whole-batch losses."""
-    if weighting not in ("1/t", "mean"):
-        raise HildaError(f"weighting {weighting!r} is unknown; use '1/t' or 'mean'")
-    m2t = noised.maskable if weighting == "1/t" else noised.mask_targets
+    if weighting not in ("1/t", "mean", "context"):
+        raise HildaError(f"weighting {weighting!r} is unknown; use '1/t', 'mean' or 'context'")
+    m2t = noised.mask_targets if weighting == "mean" else noised.maskable
     return {"m2t": m2t.sum(), "t2t": noised.edit_targets.sum(), "keep": noised.keep_targets.sum()}
 
 
@@ -46,16 +46,31 @@ def combine(token_loss: Tensor, noised: Noised, *, weighting: str = "1/t", edit_
     """Losses from token_loss (B, L), the cross-entropy (or KL) in nats at each target, anything elsewhere.
 
     "1/t": sum of loss / t over masked positions, divided by the number of maskable positions (LLaDA2.0 Eq. 1-2, LLaDA
-    guidelines); unbiased for the ELBO. "mean": mean over masked positions (dFactory). T2T and keep have no 1/t
+    guidelines); unbiased for the ELBO. "mean": mean over masked positions (dFactory). "context": over all maskable positions, visible
+    ones too, by how much of what stands left of them can be seen (`context_weights`). T2T and keep have no weights
     and are plain means. counts: `target_counts` of the whole optimiser step when the batch is one part of it.
     """
     counts = counts or target_counts(noised, weighting)
     # a complement has t = 0 where nothing is masked: 1/t must not become infinite there, not even in the gradient
     weight = 1.0 / noised.t.masked_fill(~noised.mask_targets, 1.0) if weighting == "1/t" else torch.ones_like(noised.t)
-    m2t = _mean(token_loss * weight, noised.mask_targets, counts["m2t"])
+    where = noised.mask_targets
+    if weighting == "context":
+        weight, where = context_weights(noised.mask_targets), noised.maskable
+    m2t = _mean(token_loss * weight, where, counts["m2t"])
     t2t = _mean(token_loss, noised.edit_targets, counts["t2t"])
     keep = _mean(token_loss, noised.keep_targets, counts["keep"])
     return Losses(m2t + edit_weight * t2t + keep_weight * keep, m2t, t2t, keep)
+
+
+def context_weights(masked: Tensor, decay: float = 0.5, floor: float = 1.0) -> Tensor:
+    """(B, L) weights of CARD's loss (arXiv 2601.22031): w_n = 1 / (floor + S_n) with S_n = C_{n-1} + (1 - decay) S_{n-1}, where C_i counts a
+    masked position i (B, L) once, and once more behind another mask. decay and floor are the paper's p and beta, known at second hand only."""
+    cost = masked.float() * (1 + F.pad(masked[:, :-1].float(), (1, 0)))
+    seen, weights = torch.zeros_like(cost[:, 0]), []
+    for column in cost.unbind(1):
+        weights.append(1 / (floor + seen))
+        seen = column + (1 - decay) * seen
+    return torch.stack(weights, 1)
 
 
 def diffusion_loss(logits: Tensor, input_ids: Tensor, noised: Noised, *, weighting: str = "1/t",
@@ -122,7 +137,8 @@ def aligned_logits(model, x0: Tensor, noisy: Tensor, block_size: int, doc_ids: T
     """(B, L, V) aligned logits of a noisy canvas (B, L) beside its clean copy (B, L), [MASK] barred from the output."""
     batch, length = x0.shape
     record = model.config.hilda
-    mask = attention.noisy_clean(length, block_size, doc_ids, causal_context=record.get("causal_context", False)).to(x0.device)
+    mask = attention.noisy_clean(length, block_size, doc_ids, causal_context=record.get("causal_context", False),
+                                 causal_blocks=record.get("causal_blocks", False)).to(x0.device)
     positions = torch.arange(length, device=x0.device).repeat(2).expand(batch, -1)
     logits = model(input_ids=torch.cat([noisy, x0], 1), attention_mask=mask, position_ids=positions, use_cache=False).logits
     rows = source_rows(length, block_size, record["label_shift"])[0].to(x0.device)

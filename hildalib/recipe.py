@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hildalib import HildaError
-from hildalib.noise import Noised, block_rates, complement, corrupt, suffix_blocks
+from hildalib.noise import Noised, block_rates, complement, corrupt, rising_rates, soft_tail, suffix_blocks
 from hildalib.objective import predictable
 from hildalib.wsd import BlockSchedule
 
@@ -28,6 +28,8 @@ class Recipe:
     of the visible response that is still masked for the reference, as it was a forward ago in decoding (ours; 0 in RCD).
     ar_share: share of steps at block size 1 after the first. kl_weight: M2T label = (1-w) hard + w parent's top-k.
     causal_context: the clean half attends causally, so that it stays an AR model; context_weight: weight of its next-token loss.
+    pipeline: blocks of a group, of which noisy rows see the noisy ones before theirs, at mask rates that rise (D2F); 1: no groups.
+    tail_slack: lambda of CARD's soft tail; noisy copies stand alone and are read causally. 0: not CARD.
     adapter_rank: of LoRA on noisy rows alone over the frozen parent (`gated`), trained at adapter_lr; 0 trains every weight at lr.
     mask_noise: std of the Gaussian noise on [MASK] embeddings, fading to 0 over mask_noise_steps.
     """
@@ -61,6 +63,8 @@ class Recipe:
     kl_top_k: int = 16
     causal_context: bool = False
     context_weight: float = 0.0
+    pipeline: int = 1
+    tail_slack: float = 0.0
     adapter_rank: int = 0
     adapter_lr: float = 0.0
     mask_noise: float = 0.0
@@ -81,6 +85,13 @@ class Recipe:
         if self.context_weight and not self.causal_context:
             raise HildaError(f"context_weight = {self.context_weight} trains next-token prediction where later tokens of the block are in sight; "
                              "set causal_context to true, or context_weight to 0")
+        if self.tail_slack and (self.tail_slack < 1 or self.weighting != "context" or not self.label_shift or self.causal_context or self.suffix_share):
+            raise HildaError(f"tail_slack = {self.tail_slack}: CARD's window is no shorter than its masks, its loss has weights of its own, its rows no "
+                             "clean half; set tail_slack to 1 or more, weighting to context, label_shift to true, causal_context and suffix_share to 0")
+        if self.weighting == "context" and not self.tail_slack:
+            raise HildaError("weighting context is that of CARD's causal rows; set tail_slack, or weighting to mean")
+        if self.pipeline < 1:
+            raise HildaError(f"pipeline = {self.pipeline} must be at least 1, the blocks of a group")
         if self.adapter_rank and self.adapter_lr <= 0:
             raise HildaError(f"adapter_rank = {self.adapter_rank} needs adapter_lr > 0, the peak learning rate of adapters")
 
@@ -95,13 +106,13 @@ class Recipe:
     def cost(self, length: int | None = None) -> float:
         """Forward passes over one clean row that a row of this recipe costs, mean over its steps; a backward pass counts as two.
 
-        Steps at block size `length` have no clean half, steps at (shifted) block size 1 nothing else; a teacher reads each row once more,
+        Steps at block size `length` and those of CARD have no clean half, steps at (shifted) block size 1 nothing else; a teacher reads each row once more,
         a residual's reference its share of them in all that stands there.
         """
         rows = 0.0
         for size, steps in self.schedule.rungs():
             alone = 1.0 if size == 1 and self.label_shift else self.ar_share
-            rows += steps * (alone + (1 - alone) * (self.copies_used + (size != length)))
+            rows += steps * (alone + (1 - alone) * (self.copies_used + (size != length and not self.tail_slack)))
         return rows / self.schedule.total_steps * (3 + self.draft_share * self.draft_turns + self.residual_share) + (self.kl_weight > 0)
 
 
@@ -116,7 +127,7 @@ class NoisedRows(torch.utils.data.Dataset):
     def __init__(self, rows: dict[str, Tensor], recipe: Recipe, tokenizer_ids: dict, world_size: int = 1):
         self.rows, self.recipe, self.ids = rows, recipe, tokenizer_ids
         self.batch = recipe.global_batch * world_size
-        recipe.schedule.check(rows["input_ids"].shape[1])
+        recipe.schedule.check(rows["input_ids"].shape[1], recipe.pipeline)
         count, wanted = len(rows["input_ids"]), len(self)
         rng = np.random.default_rng(recipe.seed)
         self.order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
@@ -140,7 +151,7 @@ class NoisedRows(torch.utils.data.Dataset):
         for _ in range(1 if recipe.complementary else recipe.copies):
             # size 1 is the AR objective: everything is a target of the clean half
             causal = size == 1 and recipe.label_shift
-            t = 1.0 if causal else self._rates(n, size, generator)
+            t = 1.0 if causal else self._rates(maskable, size, generator)
             suffix = suffix_blocks(*t.shape, recipe.suffix_share, generator=generator) if recipe.suffix_share and not causal else None
             copies.append(corrupt(x0, maskable, block_size=size, edit_rate=recipe.edit_rate, t=t, suffix=suffix, generator=generator, **self.ids))
         if recipe.complementary:
@@ -152,10 +163,13 @@ class NoisedRows(torch.utils.data.Dataset):
         unseen = (torch.rand(item["maskable"].shape, generator=generator) < recipe.residual_lag) & item["maskable"]
         return item | {"fill": torch.cat(fill), "unseen": unseen, "carries": carries, "input_ids": x0[0], "doc_ids": docs[0], "block_size": size, "row": n}
 
-    def _rates(self, n: int, size: int, generator: torch.Generator) -> Tensor:
-        length = self.rows["input_ids"].shape[1]
-        return block_rates(1, -(-length // size), low=self.recipe.low, high=self.recipe.high,
-                           full_share=self.recipe.full_share, generator=generator)
+    def _rates(self, maskable: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        recipe, length = self.recipe, maskable.shape[1]
+        if recipe.tail_slack:
+            return soft_tail(maskable, recipe.tail_slack, generator=generator)
+        rates = block_rates(1, -(-length // size), low=recipe.low, high=recipe.high, full_share=recipe.full_share, generator=generator)
+        grouped = recipe.pipeline > 1 and size < length
+        return rising_rates(rates, recipe.pipeline, high=recipe.high, generator=generator) if grouped else rates
 
 
 def collate(items: list[dict]) -> dict:
@@ -181,7 +195,7 @@ def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
     if name == "AR twin":
         steps = recipe.schedule.total_steps
         return replace(recipe, schedule=BlockSchedule(stable=(1, steps)), label_shift=True, kl_weight=0.0, ar_share=0.0, complementary=False,
-                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, adapter_rank=0, residual_share=0.0, residual_lag=0.0,
+                       copies=1, cap_weight=0.0, causal_context=False, context_weight=0.0, adapter_rank=0, pipeline=1, tail_slack=0.0, weighting="mean", residual_share=0.0, residual_lag=0.0,
                        mask_noise_steps=0, **NO_EDITING, stage=f"{recipe.stage} twin")
     if name not in ARMS:
         raise HildaError(f"arm {name!r} is unknown; use one of {', '.join(ARMS)}")
@@ -191,6 +205,8 @@ def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
 
 EQUAL_COMPUTE = " at equal compute"
 NO_EDITING = {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}
+CARD = {"tail_slack": 1.5, "weighting": "context", "causal_context": False, "context_weight": 0.0, "suffix_share": 0.0, "complementary": False,
+        "ar_share": 0.0, "cap_weight": 0.0, "kl_weight": 0.0, "adapter_rank": 0, "residual_share": 0.0, "residual_lag": 0.0, "pipeline": 1, **NO_EDITING}
 ARMS = {
     "dLLM": lambda r: {},
     "no T2T": lambda r: NO_EDITING,
@@ -212,6 +228,8 @@ ARMS = {
     "all weights": lambda r: {"adapter_rank": 0, "context_weight": (r.context_weight or 1.0) * r.causal_context},
     "gated adapters": lambda r: {"adapter_rank": r.adapter_rank or 64, "adapter_lr": r.adapter_lr or 2 * r.lr, "causal_context": True,
                                  "context_weight": 0.0, "ar_share": 0.0, "schedule": r.schedule.without_size_one()},
+    "pipelined": lambda r: {"pipeline": max(r.pipeline, 4)},
+    "CARD": lambda r: {**CARD, "schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},
     "checkpoint merge": lambda r: {"merge_top_k": r.merge_top_k or 3, "save_every": max(r.schedule.total_steps // 8, 1)},

@@ -130,14 +130,14 @@ class DiffusionTrainer(Trainer):
     def _layout(self, batch: dict, noisy_ids: Tensor, rows=slice(None)) -> Layout:
         """Of noisy_ids (B * C, L); rows: of those rows of the batch alone."""
         return Layout.build(batch["input_ids"][rows], noisy_ids.view(batch["noisy_ids"].shape)[rows], batch["doc_ids"][rows], batch["block_size"],
-                            self.recipe.label_shift, self.recipe.causal_context)
+                            self.recipe.label_shift, self.recipe.causal_context, self.recipe.pipeline, stream=self.recipe.tail_slack > 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         recipe, shape = self.recipe, inputs["noisy_ids"].shape
         reading = read_clean(model, self._layout(inputs, inputs["noisy_ids"]))
         noised = self._draft(model, inputs, noised_of(inputs), reading) if recipe.draft_share else noised_of(inputs)
         layout = self._layout(inputs, noised.noisy_ids)
-        targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight else False)
+        targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight or recipe.tail_slack else False)
         context = self._context(inputs) if recipe.context_weight and layout.clean is not None else None
         embeds = self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0])
         embeds = self._carried(model, inputs, noised, layout, embeds)
@@ -327,7 +327,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         _merge_best(model, recipe, folder / "checkpoints", validation)
     sizes = [size for size, steps in recipe.schedule.rungs() if steps]
     model.config.hilda = model.config.hilda | {"block_size": sizes[-1], "label_shift": recipe.label_shift,
-                                                      "causal_context": recipe.causal_context, "stage": recipe.stage}
+                                                      "causal_context": recipe.causal_context, "stage": recipe.stage} | (
+        {"causal_blocks": True} if recipe.tail_slack else {})
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
     if trainer.is_world_process_zero():
         publish(model, tokenizer, history, folder)

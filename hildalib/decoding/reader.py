@@ -54,6 +54,7 @@ class Reader:
         self.model, self.size, self.revision, self.length = model, size, revision, canvas.shape[1]
         self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
         self.causal = record.get("causal_context", False) and size > 1  # blocks of one are causal anyway
+        self.seen = 1 if record.get("causal_blocks") else size  # what a row of an open block sees, in steps of this many positions
         self.shadow_at = 2 * size + self.causal * size  # its keys go behind whatever else stands behind the committed slots
         self.cache = BlockCache(self.length + self.causal * 2 * size + (3 * size if revision and revision.shadow else 0))
         self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
@@ -106,8 +107,8 @@ class Reader:
         return torch.cat([~torch.as_tensor(part.clean, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
 
     def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, wanted: Tensor | None = None, clean=False) -> _Part:
-        """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block."""
-        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted, clean)
+        """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block, or up to itself in a model of causal blocks."""
+        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.seen)), wanted, clean)
 
     def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
              verify: bool = False, carried: Tensor | None = None) -> Reading:
@@ -180,6 +181,21 @@ class Reader:
         return _Part(ids, positions, at + self.shadow_at + column,
                      lambda used: shadow.window(at, size, used, self.shadow_at, self.shift, self.revision.isolated),
                      column[self.shift - size:].expand(len(ids), -1))
+
+    def read_open(self, canvas: Tensor, start: Tensor, whole: Tensor, opened: Tensor, live: Tensor) -> Tensor:
+        """(b, n, V) aligned logits of positions whole (b,) to opened (b,) of canvas (b, T), in one forward. Blocks [start, whole) are done and
+        committed by it; those behind them are open, each in view of the ones before it. n is the most that a row has open. live: as in `read`."""
+        first = start if self.cache.keys else torch.zeros_like(start)
+        self.count(live, opened - first)
+        positions = self.positions(first, int((opened - first).max()))
+        clean = positions < whole[:, None]
+        ends = (positions // self.seen + 1) * self.seen
+        ends = torch.where(clean, positions + 1, ends) if self.causal else ends
+        columns = (whole - first - 1)[:, None] + torch.arange(int((opened - whole).max()) + 1, device=start.device)
+        logits, = self._feed(self._in_place(canvas, positions, lambda used: (torch.arange(used, device=start.device) < ends[..., None])[:, None],
+                                            columns.clamp(0, positions.shape[1] - 1), clean))
+        self.carry = logits[:, 0] if self.carry is None else torch.where((whole > first)[:, None], logits[:, 0], self.carry)
+        return self.align(logits[:, 1:], self.carry)
 
     def advance(self, stable: Tensor, last: Tensor) -> None:
         """The blocks of rows `stable` (b,) bool are closed: `last` (b, V) predicts what follows them."""
