@@ -161,7 +161,7 @@ def spending(table: pd.DataFrame) -> Figure:
             ax.plot(part.nfe, part.accuracy, "o-", color=colour[name], markersize=4)
             last = part.iloc[-1]
             ends.append((ax, (last.nfe, last.accuracy, name, {"color": colour[name], "fontsize": 8})))
-        ax.set(xlabel="forwards an item, all beams together", title=base)
+        ax.set(xlabel="forwards an item", title=base)
         ax.grid(axis="y")
     for ax in axes[0]:
         place(ax, [end for where, end in ends if where is ax])

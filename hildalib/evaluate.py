@@ -1,7 +1,7 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `searching` and
-`autoregressive` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `pipelined`,
+`speculative`, `searching` and `autoregressive` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
 import time
@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import Beams, Decoded, EditSettings, SearchSettings, ar_decode, edit_decode, explore
+from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, pipeline_decode,
+                               self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -26,6 +27,16 @@ Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt
 def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
     """Threshold-edit decoding as a decoder of `run`."""
     return lambda model, ids, real: edit_decode(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def pipelined(settings: PipelineSettings) -> Decoder:
+    """Pipelined blocks as a decoder of `run`."""
+    return lambda model, ids, real: pipeline_decode(model, ids, settings, attention_mask=real)
+
+
+def speculative(max_new_tokens: int) -> Decoder:
+    """Self-speculation as a decoder of `run`: the text of the model's own AR mode."""
+    return lambda model, ids, real: self_speculate(model, ids, attention_mask=real, max_new_tokens=max_new_tokens)
 
 
 def searching(settings: EditSettings, choices: SearchSettings, seed: int = 0, kept: list[Beams] | None = None) -> Decoder:

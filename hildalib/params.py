@@ -200,6 +200,35 @@ class Search(Common):
     ar_beams: list[int] = field([2], "beams of the AR twin", low=1)
 
 
+@notebook("09_speed")
+class Speed(Common):
+    task: str = field("arithmetic", "task whose test prompts are decoded")
+    items: int = field(16, "prompts decoded in batches", low=1)
+    single_items: int = field(4, "prompts decoded one by one", low=1)
+    rounds: int = field(1, "times all contestants take turns on those", low=1)
+    batch_size: int = field(64, "prompts decoded together", low=1)
+    max_new_tokens: int = field(32, "tokens of an answer", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+    arms: list[str] = field(["gated", "continued", "pipelined", "CARD"], "what is trained here")
+    steps: int = field(4, "optimiser steps of each", low=1)
+    train_rows: int = field(6, "rows in such a step", low=1)
+    lr: float = field(0.001, "peak learning rate of continued, pipelined and CARD", low=0)
+    rank: int = field(8, "rank of the adapter that drafts for the twin", low=1)
+    adapter_lr: float = field(0.002, "peak learning rate of that adapter", low=0)
+    suffix_share: float = field(0.5, "share of blocks whose last positions are masked", low=0, high=1)
+    full_share: float = field(0.5, "share of blocks masked completely", low=0, high=1)
+    context_weight: float = field(1.0, "weight of the next-token loss on the causal context of continued and pipelined", low=0)
+    kl_weight: float = field(0.5, "share of the twin's distribution in the label of the adapter", low=0, high=1)
+    pipeline: int = field(4, "blocks of a group that pipelined trains on, and that are open at once", low=2)
+    thresholds: list[float] = field([0.5, 0.9], "tau_mask of the models trained here", low=0, high=1)
+    draft: float = field(0.5, "tau_mask of the drafts that revision rules work on", low=0, high=1)
+    decoders: list[str] = field(["threshold", "factor", "wino + wino", "threshold + edit"], "commit rules, and commit + revision rules; decoding.commit.RULES, decoding.revise.RULES")
+    sizes: list[int] = field([1, 4], "block sizes whose forwards are timed", low=1)
+    batches: list[int] = field([1], "batches whose forwards are timed", low=1)
+    context: int = field(32, "tokens already read by those", low=1)
+    shape: list[int] = field([], "[hidden, layers, heads, key heads, intermediate, vocabulary] of a random Llama timed beside the model; [] for none", low=1)
+
+
 def defaults(notebook: str, record: type | None = None) -> dict:
     """The smoke values of a notebook: what its parameters cell holds."""
     return plain(dataclasses.asdict((record or _record(notebook))()))

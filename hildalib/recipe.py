@@ -228,7 +228,7 @@ ARMS = {
     "all weights": lambda r: {"adapter_rank": 0, "context_weight": (r.context_weight or 1.0) * r.causal_context},
     "gated adapters": lambda r: {"adapter_rank": r.adapter_rank or 64, "adapter_lr": r.adapter_lr or 2 * r.lr, "causal_context": True,
                                  "context_weight": 0.0, "ar_share": 0.0, "schedule": r.schedule.without_size_one()},
-    "pipelined": lambda r: {"pipeline": max(r.pipeline, 4)},
+    "pipelined": lambda r: {"pipeline": max(r.pipeline, 2)},
     "CARD": lambda r: {**CARD, "schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},

@@ -1,0 +1,118 @@
+"""What a forward of a decode costs as it grows, beside the two floors of the machine: its matmul rate and its memory bandwidth.
+
+An AR model reads its weights for one position, a block-diffusion model for a block and its copy: as long as reading the weights is what
+takes the time, the other positions are free. Entry points: `measure` (a table), `Machine`, `random_llama`, `figure`.
+"""
+
+import time
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hildalib.decoding.reader import Reader
+from hildalib.style import GREY, OKABE, need, styled
+
+SIDE = 1024  # of the square matmul whose rate is measured; large enough for full blocks of any cache
+STREAM = 64 * 2**20  # float32 weights of the matrix whose product with a vector measures bandwidth: beyond every cache
+
+
+def _best(run, seconds: float) -> float:
+    """Shortest time of `run()` in `seconds` of trying: a floor is what the machine can do when nothing else happens."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@dataclass(frozen=True)
+class Machine:
+    """flops: float32 operations a second of a large matmul; bandwidth: bytes a second of a matrix-vector product beyond all caches."""
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(cls, seconds: float = 1.0) -> "Machine":
+        """Of this process with its threads, the best in `seconds` for each."""
+        square, vector = torch.randn(SIDE, SIDE), torch.randn(SIDE)
+        tall = torch.randn(STREAM // SIDE, SIDE)
+        return cls(2 * SIDE**3 / _best(lambda: square @ square, seconds), 4 * STREAM / _best(lambda: tall @ vector, seconds))
+
+
+def weights(model) -> tuple[int, int]:
+    """Weights that every position is multiplied with, and those of the head, which only rows with logits meet."""
+    linear = [part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not model.get_output_embeddings()]
+    return sum(linear), model.get_output_embeddings().weight.numel()
+
+
+def floors(model, machine: Machine, positions: int, context: int) -> dict[str, float]:
+    """Seconds that `positions` positions in one forward take at least: for their matmuls (attention to `context` keys included), and
+    for reading the weights once (float32, as decoded here; what fits a cache can be read faster)."""
+    body, head = weights(model)
+    config = model.config
+    scores = 4 * config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
+    return {"matmul_s": positions * (2 * (body + head) + scores * context) / machine.flops, "memory_s": 4 * (body + head) / machine.bandwidth}
+
+
+def random_llama(hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, vocabulary: int):
+    """A Llama of that shape with random weights and a `hilda` record: what a forward costs does not depend on what was learned."""
+    config = LlamaConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
+                         intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=True, attn_implementation="sdpa")
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config).eval()
+    model.config.hilda = {"mask_token_id": vocabulary - 1, "block_size": 1, "label_shift": True, "causal_context": True}
+    return model
+
+
+@torch.inference_mode()
+def measure(model, machine: Machine, *, sizes: list[int], batches: list[int], context: int, seconds: float = 0.5) -> pd.DataFrame:
+    """One row a pair of block size and batch: positions of a forward, its best time, its floors; all behind `context` cached tokens.
+
+    model: a dLLM, or an AR model with a `hilda` record, of which block size 1 is a step. Columns: block_size, batch, positions, seconds,
+    matmul_s, memory_s.
+    """
+    rows, kept = [], model.config.hilda
+    for size in sizes:
+        for batch in batches:
+            model.config.hilda = kept | {"block_size": size}
+            start = torch.full((batch,), -(-context // size) * size)
+            canvas = torch.zeros(batch, int(start[0]) + size, dtype=torch.long)
+            canvas[:, int(start[0]):] = kept["mask_token_id"]
+            reader, live, no = Reader(model, canvas, size), torch.arange(batch), torch.zeros(batch, dtype=torch.bool)
+            step = lambda: reader.read(canvas, start, live, no, no, no)  # noqa: B023, E731
+            step()  # the prompt
+            reader.carry = reader.carry if reader.carry is not None else torch.zeros(batch, 1)
+            step()  # the first read of a shape is slow
+            rows.append({"block_size": size, "batch": batch, "positions": size * batch, "seconds": _best(step, seconds),
+                         **floors(model, machine, size * batch, int(start[0]) + size)})
+    model.config.hilda = kept
+    return pd.DataFrame(rows)
+
+
+@styled
+def figure(table: pd.DataFrame) -> Figure:
+    """Time of a forward against its positions, a panel a model, with both floors; a line a batch.
+
+    Columns: model, batch, positions, seconds, matmul_s, memory_s.
+    """
+    need(table, "roofline", "model", "batch", "positions", "seconds", "matmul_s", "memory_s")
+    names = list(dict.fromkeys(table.model))
+    fig, axes = plt.subplots(1, len(names), figsize=(1.2 + 4.0 * len(names), 3.8), squeeze=False)
+    shades = [OKABE["blue"], OKABE["vermillion"], OKABE["green"], OKABE["purple"]]
+    for ax, name in zip(axes[0], names):
+        part = table[table.model == name].sort_values("positions")
+        ax.plot(part.positions, 1e3 * part.matmul_s, color=GREY, linestyle="--", label="floor: matmul rate")
+        ax.plot(part.positions, 1e3 * part.memory_s, color=GREY, linestyle=":", label="floor: weights read once")
+        for (batch, group), colour in zip(part.groupby("batch"), shades):
+            ax.plot(group.positions, 1e3 * group.seconds, "o-", color=colour, markersize=4, label=f"measured, batch {batch}")
+        ax.set(xscale="log", yscale="log", xlabel="positions of a forward", ylabel="milliseconds", title=name)
+        ax.grid(True, which="major")
+        ax.legend(fontsize=7.5)
+    return fig
