@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 class BlockCache:
-    """Keys and values of shape (B, heads, slots, D_head) a layer, handed to a Transformers model as `past_key_values`.
+    """Keys and values of shape (B, slots, heads, D_head) a layer, so that a position is written at one stretch.
 
     Call `at(positions)` before each forward: row r then writes slot positions[r, q] and attention reads slots
-    0..max(positions); which of those a query may see is the mask's business (`attention.window`).
+    0..max(positions); which of those a query may see is the mask's business (`attention.window`). `Forward` writes rows of its
+    choice; a Transformers model that is handed the cache as `past_key_values` writes all.
     """
 
     def __init__(self, slots: int):
@@ -22,18 +23,21 @@ class BlockCache:
 
     def at(self, positions: Tensor) -> "BlockCache":
         """positions (B, Q) long: the slots the next forward writes."""
-        self.positions, self.used = positions, int(positions.max()) + 1
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.batch, self.used = len(positions), int(positions.max()) + 1
+        self.index = (positions + self.slots * torch.arange(self.batch, device=positions.device)[:, None]).flatten()  # of all B * slots
         return self
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        """Called by the attention layers: writes (B, heads, Q, D_head) and returns the slots in use."""
+    def write(self, index: Tensor, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Writes (N, heads, D_head) where index (N,) of `self.index` says; returns the slots in use, (B, heads, slots, D_head)."""
         for store, new in ((self.keys, keys), (self.values, values)):
             if layer not in store:
-                batch, heads, _, width = new.shape
-                store[layer] = new.new_zeros(batch, heads, self.slots, width)
-            store[layer][self.rows, :, self.positions] = new.transpose(1, 2)
-        return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
+                store[layer] = new.new_zeros(self.batch, self.slots, *new.shape[1:])
+            store[layer].flatten(0, 1).index_copy_(0, index, new)
+        return self.keys[layer][:, :self.used].transpose(1, 2), self.values[layer][:, :self.used].transpose(1, 2)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        """Called by the attention layers of Transformers with keys and values of all positions, (B, heads, Q, D_head)."""
+        return self.write(self.index, keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1), layer)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Length that Transformers asks for when position ids are not given; they always are."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from hildalib import attention
 from hildalib.decoding import shadow
 from hildalib.decoding.cache import BlockCache
-from hildalib.gated import is_gated, noisy_rows
-from hildalib.layout import selected_rows
+from hildalib.decoding.forward import Forward
+from hildalib.gated import is_gated
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Reading:
 @dataclass(frozen=True)
 class _Part:
     """Rows of a forward: ids, their positions and cache slots, each (b, Q); mask (b, 1, Q or 1, slots), filled in once the number of
-    slots is known; wanted: the columns that need logits, None for all, or (b, n) long; clean (b, Q) or (1, 1) bool: rows that are context."""
+    slots is known; wanted: the columns that need logits, None for all, or (b, n) long; clean (b, Q) or (1, 1) bool: rows that are context.
+    real (b, Q or 1) bool: rows that are not there only because a batch is one tensor. mute (b, n) bool: logits nobody looks at."""
 
     ids: Tensor
     positions: Tensor
@@ -42,6 +43,8 @@ class _Part:
     mask: Callable[[int], Tensor]  # of the slots in use
     wanted: Tensor | None = None
     clean: Tensor | bool = False
+    real: Tensor | bool = True
+    mute: Tensor | bool = False
 
 
 class Reader:
@@ -49,6 +52,7 @@ class Reader:
 
     def __init__(self, model, canvas: Tensor, size: int, revision=None):
         record = model.config.hilda
+        self.forward = Forward(model)
         self.model, self.size, self.revision, self.length = model, size, revision, canvas.shape[1]
         self.mask_id, self.shift = record["mask_token_id"], record["label_shift"]
         self.causal = record.get("causal_context", False) and size > 1  # blocks of one are causal anyway
@@ -57,6 +61,7 @@ class Reader:
         self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
         self.forwards = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
         self.fed = torch.zeros_like(self.forwards)
+        self.columns = torch.arange(self.cache.slots, device=canvas.device)
 
     def align(self, logits: Tensor, before: Tensor | None) -> Tensor:
         """Row i of the result predicts position i; before (b, V): logits of the position in front of them."""
@@ -67,12 +72,12 @@ class Reader:
 
     def positions(self, start: Tensor, count: int) -> Tensor:
         """(b, count) positions from start (b,) on; those beyond the canvas are its last one again."""
-        return (start[:, None] + torch.arange(count, device=start.device)).clamp(max=self.length - 1)
+        return (start[:, None] + self.columns[:count]).clamp(max=self.length - 1)
 
     def count(self, rows: Tensor, positions: Tensor | int) -> None:
         """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
-        self.forwards[rows] += 1
-        self.fed[rows] += positions
+        self.forwards.index_add_(0, rows, torch.ones_like(rows))
+        self.fed.index_add_(0, rows, torch.as_tensor(positions, device=rows.device).expand(rows.shape))
 
     def _feed(self, *parts: _Part) -> list[Tensor]:
         """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots."""
@@ -81,12 +86,32 @@ class Reader:
         mask = torch.cat([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
         index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
         index = [rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)]
-        with selected_rows(self.model, torch.cat(index, 1).flatten()), noisy_rows(self.model, self._noisy(parts)):
-            logits = self.model(input_ids=torch.cat([part.ids for part in parts], 1), position_ids=torch.cat([part.positions for part in parts], 1),
-                                attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
+        wanted = torch.cat(index, 1).flatten()
+        real, asked = self._needed(parts, index)
+        logits = self.forward(torch.cat([part.ids for part in parts], 1), torch.cat([part.positions for part in parts], 1), mask, self.cache, wanted,
+                              real=real, asked=asked, noisy=self._noisy(parts))
         logits = logits.view(len(slots), -1, logits.shape[-1])
         logits[..., self.mask_id] = -torch.inf
         return list(logits.split([rows.shape[1] for rows in index], 1))
+
+    def _needed(self, parts: tuple[_Part, ...], index: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """`real` and `asked` of `Forward`; None where all are."""
+        real = asked = None
+        if len(index[0]) > 1 and any(part.real is not True for part in parts):  # a batch of one has nothing that is there for others
+            real = torch.cat([torch.as_tensor(part.real, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
+        if any(part.mute is not False for part in parts):
+            asked = torch.cat([~torch.as_tensor(part.mute, device=rows.device).expand(rows.shape) for part, rows in zip(parts, index)], 1).flatten()
+        if real is not None:
+            shown = real.flatten()[torch.cat(index, 1).flatten()]
+            asked = shown if asked is None else shown & asked
+        return real, asked
+
+    def _mute(self, canvas: Tensor, positions: Tensor) -> Tensor | bool:
+        """(b, Q) True = the row at that position predicts no mask, where nothing but masks is ever written."""
+        if self.revision is None or self.revision.reads:
+            return False
+        ahead = positions + self.shift
+        return (canvas.gather(1, ahead.clamp(max=self.length - 1)) != self.mask_id) & (ahead // self.size == positions // self.size)
 
     def _noisy(self, parts: tuple[_Part, ...]) -> Tensor | None:
         """(b, Q) True = not a row of the context, for a gated model; at shifted block size 1 every row is the AR model's."""
@@ -94,9 +119,9 @@ class Reader:
             return None
         return torch.cat([~torch.as_tensor(part.clean, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
 
-    def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, wanted: Tensor | None = None, clean=False) -> _Part:
+    def _in_place(self, canvas: Tensor, positions: Tensor, mask=None, **options) -> _Part:
         """The canvas at `positions`, in the slots of those; it sees all slots up to the end of each position's block."""
-        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), wanted, clean)
+        return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.size)), **options)
 
     def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
              verify: bool = False) -> Reading:
@@ -110,11 +135,13 @@ class Reader:
         copied = ahead & ~spent if self.causal else torch.zeros_like(ahead)
         self.count(live, size * (1 + ahead.long() + copied.long()) + shadowed.long() * shadow.count(size, self.shift))
         if self.causal and ahead.any():
-            parts = self._commit_and_read(canvas, start, ahead, bool((ahead & spent).all()), verify)
+            parts = self._commit_and_read(canvas, start, ahead, spent, verify)
         else:
-            parts = [self._in_place(canvas, self.positions(start, size * (2 if ahead.any() else 1)))]
+            positions = self.positions(start, size * (2 if ahead.any() else 1))
+            real = ahead[:, None] | (torch.arange(positions.shape[1], device=start.device) < size)
+            parts = [self._in_place(canvas, positions, real=real, mute=self._mute(canvas, positions))]
         if shadowed.any():
-            parts.append(self._shadow(canvas, start))
+            parts.append(self._shadow(canvas, start, shadowed))
         *read, hidden = self._feed(*parts) if shadowed.any() else (*self._feed(*parts), None)
         if hidden is not None and self.shift:
             first = read[0][:, :1] if self.carry is None else self.carry[:, None]
@@ -135,18 +162,19 @@ class Reader:
             ends = torch.where(positions < start[:, None], positions + 1, (positions // size + 1) * size)
             return (torch.arange(used, device=start.device) < ends[..., None])[:, None]
 
-        logits, = self._feed(self._in_place(canvas, positions, causal if self.causal else None, columns, positions < start[:, None]))
+        logits, = self._feed(self._in_place(canvas, positions, causal if self.causal else None, wanted=columns, clean=positions < start[:, None],
+                                            real=positions < (start + size)[:, None], mute=self._mute(canvas, columns)))
         self.carry = logits[:, 0]
         return Reading(logits[:, 1:], logits[:, -1])
 
-    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, final: bool, whole: bool) -> list[_Part]:
-        """Three parts: the open block once more, unless it is `final`; its causal copy, the commit; the next block.
+    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, spent: Tensor, whole: bool) -> list[_Part]:
+        """Three parts: the open block once more, unless all are `ahead` and `spent`; its causal copy, the commit; the next block.
 
         Where a row is `ahead` the copy takes the block's slots and the block itself stands behind the next one; elsewhere the block
         keeps its slots, and the other two parts are there because a batch is one tensor: nothing sees them. whole: logits of all
         rows of the copy, not of its last only.
         """
-        size, column = self.size, torch.arange(self.size, device=start.device)
+        size, column, final = self.size, torch.arange(self.size, device=start.device), bool((ahead & spent).all())
         aside = 2 * size * ahead.long()[:, None]  # where the block stands, counted from start
         copy = 2 * size - aside
         own, following = self.positions(start, size), self.positions(start + size, size)
@@ -154,20 +182,20 @@ class Reader:
         def part(positions: Tensor, at: Tensor, *seen, **options) -> _Part:
             return _Part(canvas.gather(1, positions), positions, start[:, None] + at + column, lambda used: attention.spans(start, used, *seen), **options)
 
-        block = part(own, aside, (aside, aside + size))
-        commit = part(own, copy, (copy, copy + column + 1), clean=True,
-                      wanted=None if final or whole else torch.full_like(aside, size - 1))
-        begun = part(following, torch.full_like(aside, size), (copy, copy + size), (size, 2 * size))
+        block = part(own, aside, (aside, aside + size), real=~(ahead & spent)[:, None], mute=self._mute(canvas, own))
+        commit = part(own, copy, (copy, copy + column + 1), clean=True, real=ahead[:, None],
+                      wanted=None if final or whole else torch.full_like(aside, size - 1), mute=final and not whole and column < size - 1)
+        begun = part(following, torch.full_like(aside, size), (copy, copy + size), (size, 2 * size), real=ahead[:, None])
         return [commit, begun] if final else [block, commit, begun]
 
-    def _shadow(self, canvas: Tensor, start: Tensor) -> _Part:
+    def _shadow(self, canvas: Tensor, start: Tensor, shadowed: Tensor) -> _Part:
         """The shadow of the open block (`shadow.rows`), of which the last rows predict."""
         size, at = self.size, start[:, None]
         ids, positions = shadow.rows(canvas.gather(1, self.positions(start, size)), at, self.mask_id, self.shift)
         column = torch.arange(ids.shape[1], device=start.device)
         return _Part(ids, positions, at + self.shadow_at + column,
                      lambda used: shadow.window(at, size, used, self.shadow_at, self.shift, self.revision.isolated),
-                     column[self.shift - size:].expand(len(ids), -1))
+                     column[self.shift - size:].expand(len(ids), -1), real=shadowed[:, None])
 
     def advance(self, stable: Tensor, last: Tensor) -> None:
         """The blocks of rows `stable` (b,) bool are closed: `last` (b, V) predicts what follows them."""

@@ -34,7 +34,7 @@ def leading(score: Tensor, among: Tensor, count: Tensor | int) -> Tensor:
 
 def at_least(chosen: Tensor, confidence: Tensor, masked: Tensor, minimum: int) -> Tensor:
     """`chosen`, or where it has fewer than `minimum` positions the `minimum` most confident masked ones instead: progress."""
-    short = chosen.sum(-1, keepdim=True) < minimum
+    short = chosen.sum(-1, keepdim=True) < masked.sum(-1, keepdim=True).clamp(max=minimum)
     return torch.where(short, leading(confidence, masked, minimum), chosen) if bool(short.any()) else chosen
 
 
