@@ -51,9 +51,11 @@ def _greedy(forward: Forward, prompt_ids: Tensor, lengths: Tensor, max_new_token
     ids, positions = blank(prompt_ids, lengths, width, 0), torch.arange(width, device=device).expand(len(out), -1)
     real, wanted = positions < lengths[:, None], live * width + lengths - 1
     for number in range(max_new_tokens):
-        mask = attention.window(positions, cache.at(positions).used, 1)
-        logits = forward(ids, positions, mask, cache, wanted, real=None if number or len(live) == 1 else real)
-        logits[:, barred] = -torch.inf
+        cache.at(positions)
+        mask = None if number and len(live) == 1 else attention.window(positions, cache.used, 1)  # one row sees all that it has written
+        logits = forward(ids, positions, mask, cache, None if number else wanted, real=None if number or len(live) == 1 else real)
+        if barred:
+            logits[:, barred] = -torch.inf
         token = logits.argmax(-1)
         out[live, number] = token
         if eos and (done := torch.isin(token, ends)).any():
@@ -62,7 +64,7 @@ def _greedy(forward: Forward, prompt_ids: Tensor, lengths: Tensor, max_new_token
             if not len(live):
                 break
             cache.keep_rows(kept)
-        ids, positions, wanted = token[:, None], (lengths + number)[:, None], torch.arange(len(live), device=device)
+        ids, positions = token[:, None], (lengths + number)[:, None]
     return out
 
 

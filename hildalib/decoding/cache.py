@@ -20,20 +20,28 @@ class BlockCache:
         self.slots = slots
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.views: dict[int, tuple[Tensor, ...]] = {}  # of both, as they are written and as they are read
+        self.rows: Tensor | None = None  # (B, 1) the first of all B * slots of each row
 
     def at(self, positions: Tensor) -> "BlockCache":
         """positions (B, Q) long: the slots the next forward writes."""
-        self.batch, self.used = len(positions), int(positions.max()) + 1
-        self.index = (positions + self.slots * torch.arange(self.batch, device=positions.device)[:, None]).flatten()  # of all B * slots
+        if self.rows is None or len(self.rows) != len(positions):
+            self.rows = self.slots * torch.arange(len(positions), device=positions.device)[:, None]
+        self.used, self.index = int(positions.max()) + 1, (positions + self.rows).flatten()
         return self
 
     def write(self, index: Tensor, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Writes (N, heads, D_head) where index (N,) of `self.index` says; returns the slots in use, (B, heads, slots, D_head)."""
-        for store, new in ((self.keys, keys), (self.values, values)):
-            if layer not in store:
-                store[layer] = new.new_zeros(self.batch, self.slots, *new.shape[1:])
-            store[layer].flatten(0, 1).index_copy_(0, index, new)
-        return self.keys[layer][:, :self.used].transpose(1, 2), self.values[layer][:, :self.used].transpose(1, 2)
+        if layer not in self.views:
+            self._hold(layer, *(new.new_zeros(len(self.rows), self.slots, *new.shape[1:]) for new in (keys, values)))
+        to_keys, to_values, keys_read, values_read = self.views[layer]
+        to_keys.index_copy_(0, index, keys)
+        to_values.index_copy_(0, index, values)
+        return keys_read[:, :, :self.used], values_read[:, :, :self.used]
+
+    def _hold(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[layer], self.values[layer] = keys, values
+        self.views[layer] = keys.flatten(0, 1), values.flatten(0, 1), keys.transpose(1, 2), values.transpose(1, 2)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         """Called by the attention layers of Transformers with keys and values of all positions, (B, heads, Q, D_head)."""
@@ -45,6 +53,5 @@ class BlockCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drops finished rows: `rows` (b,) long are the ones that go on."""
-        for store in (self.keys, self.values):
-            for layer in store:
-                store[layer] = store[layer][rows]
+        for layer in self.keys:
+            self._hold(layer, self.keys[layer][rows], self.values[layer][rows])

@@ -28,8 +28,8 @@ def is_straight(model) -> bool:
 
 
 class Forward:
-    """The model as a function of ids (b, Q) long, positions (b, Q) long, mask (b, 1, Q, slots) bool (True = may attend) and a `BlockCache`
-    that knows the slots.
+    """The model as a function of ids (b, Q) long, positions (b, Q) long, mask (b, 1, Q, slots) bool (True = may attend; None: all
+    slots in use) and a `BlockCache` that knows the slots.
 
     Returns (n, V) logits of the rows wanted (n,) of the flattened (b Q), None for all of them. real (b, Q) bool: rows that are there for their own sake; the others
     only fill up the batch. asked (n,) bool: the wanted rows whose logits matter, all of them real; the others may come out as zeros.
@@ -39,11 +39,12 @@ class Forward:
     def __init__(self, model):
         self.model, self.straight = model, is_straight(model)
         if self.straight:
-            self.embed, self.rotary = model.model.embed_tokens, model.model.rotary_emb
+            self.embed, self.rotary, self.turns = model.model.embed_tokens, model.model.rotary_emb, None
             self.layers = [_layer(layer) for layer in model.model.layers]
             self.norm, self.head = _norm(model.model.norm), _function(model.lm_head)
+            self.seen, self.unseen = (torch.tensor(value, dtype=model.dtype, device=model.device) for value in (0.0, -torch.inf))
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
                  asked: Tensor | None = None, noisy: Tensor | None = None) -> Tensor:
         if self.straight:
             return self._straight(ids, positions, mask, cache, wanted, real, asked)
@@ -51,24 +52,24 @@ class Forward:
         with selected_rows(self.model, wanted), noisy_rows(self.model, noisy):
             return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
 
-    def _straight(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: BlockCache, wanted: Tensor | None, real: Tensor | None,
+    def _straight(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, real: Tensor | None,
                   asked: Tensor | None) -> Tensor:
         """Rows are packed: the real ones outside attention, the asked ones in the last layer once the keys are written."""
-        shape, slots, ends = ids.shape, cache.index, wanted if asked is None else wanted[asked]
-        rows, packed = None, ends
+        shape, slots, turns, rows, packed = ids.shape, cache.index, positions.flatten(), None, wanted
         x = self.embed(ids.flatten())
-        cos, sin = (table.flatten(0, 1)[:, None] for table in self.rotary(x, positions))
-        left, right = sin.chunk(2, -1)
-        sin = torch.cat([-left, right], -1)
+        if asked is not None:
+            packed = asked.nonzero()[:, 0] if wanted is None else wanted[asked]
+        ends = packed
         if real is not None:
             rows, packed = real.flatten().nonzero()[:, 0], (real.flatten().cumsum(0) - 1)[ends]
-            x, cos, sin, slots = x[rows], cos[rows], sin[rows], slots[rows]
-        bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+            x, turns, slots = x[rows], turns[rows], slots[rows]
+        cos, sin = self._turns(x, turns, cache.slots)
+        bias = None if mask is None else torch.where(mask, self.seen, self.unseen)
         for number, layer in enumerate(self.layers):
             count, h = x.shape[0], layer.norm(x)
             keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)
             keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
-            if number == len(self.layers) - 1 and wanted is not None:
+            if number == len(self.layers) - 1 and packed is not None:
                 x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
             queries = _rotate(layer.norm_q(layer.q(h).view(count, -1, layer.width)), cos, sin)
             read = _attend(_spread(queries, rows, shape), keys, values, bias).transpose(1, 2).reshape(shape.numel(), -1)
@@ -78,7 +79,21 @@ class Forward:
         logits = self.head(self.norm(x))
         if asked is None:
             return logits
-        return logits.new_zeros(wanted.shape[0], logits.shape[1]).index_put_((asked,), logits)
+        return logits.new_zeros(asked.shape[0], logits.shape[1]).index_put_((asked,), logits)
+
+    def _turns(self, x: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n, 1, D) of positions (n,); the sine carries the sign of the half that is turned. Looked up, but where the rotation
+        of a position depends on the length of the text."""
+        if self.turns is None or len(self.turns) < slots:
+            varies = getattr(self.rotary, "rope_type", "default") in ("dynamic", "longrope")
+            at = positions[None] if varies else torch.arange(slots, device=x.device)[None]
+            cos, sin = (table[0, :, None] for table in self.rotary(x, at))
+            left, right = sin.chunk(2, -1)
+            turns = torch.stack([cos, torch.cat([-left, right], -1)], 1)
+            if varies:
+                return turns.unbind(1)
+            self.turns = turns
+        return self.turns[positions].unbind(1)
 
 
 def _layer(layer) -> SimpleNamespace:
@@ -91,14 +106,22 @@ def _layer(layer) -> SimpleNamespace:
 
 
 def _function(module):
-    """A linear layer that is just that, as a function; anything else (quantised, with an adapter or a hook) as it is."""
-    bare = type(module) is torch.nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
-    return partial(F.linear, weight=module.weight, bias=module.bias) if bare else module
+    """A linear layer that is just that, as a matmul (which takes half the time of F.linear at a row or two); anything else (quantised, with an
+    adapter or a hook) as it is."""
+    if type(module) is not torch.nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return module
+    bias, weight = module.bias, module.weight.t()
+    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
 
 
 def _norm(module):
     """RMSNorm as Transformers computes it; None: nothing is normed."""
-    return (lambda x: x) if module is None else partial(_rms, weight=module.weight, epsilon=module.variance_epsilon)
+    if module is None:
+        return lambda x: x
+    weight, epsilon = module.weight, module.variance_epsilon
+    if weight.dtype == torch.float32:  # the same operations in one call; in less precision it would round once where Transformers does twice
+        return lambda x: torch.rms_norm(x, weight.shape, weight, epsilon)
+    return partial(_rms, weight=weight, epsilon=epsilon)
 
 
 def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -119,7 +142,7 @@ def _spread(part: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
     return part.view(*shape, *part.shape[1:]).transpose(1, 2)
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     """SDPA, queries (b, H, Q, D) over as many key heads or fewer; only on the CPU does a fused kernel take a mask and shared keys at once."""
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1 and queries.device.type != "cpu":

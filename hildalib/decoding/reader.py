@@ -62,6 +62,7 @@ class Reader:
         self.forwards = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
         self.fed = torch.zeros_like(self.forwards)
         self.columns = torch.arange(self.cache.slots, device=canvas.device)
+        self.triple = _triple(size, canvas.device) if self.causal else None
 
     def align(self, logits: Tensor, before: Tensor | None) -> Tensor:
         """Row i of the result predicts position i; before (b, V): logits of the position in front of them."""
@@ -72,7 +73,8 @@ class Reader:
 
     def positions(self, start: Tensor, count: int) -> Tensor:
         """(b, count) positions from start (b,) on; those beyond the canvas are its last one again."""
-        return (start[:, None] + self.columns[:count]).clamp(max=self.length - 1)
+        positions = start[:, None] + self.columns[:count]
+        return positions if count == self.size else positions.clamp(max=self.length - 1)  # a block is never beyond
 
     def count(self, rows: Tensor, positions: Tensor | int) -> None:
         """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
@@ -81,28 +83,30 @@ class Reader:
 
     def _feed(self, *parts: _Part) -> list[Tensor]:
         """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots."""
-        slots = torch.cat([part.slots for part in parts], 1)
+        slots = _joined([part.slots for part in parts], 1)
         used = self.cache.at(slots).used
-        mask = torch.cat([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
-        index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
-        index = [rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)]
-        wanted = torch.cat(index, 1).flatten()
-        real, asked = self._needed(parts, index)
-        logits = self.forward(torch.cat([part.ids for part in parts], 1), torch.cat([part.positions for part in parts], 1), mask, self.cache, wanted,
-                              real=real, asked=asked, noisy=self._noisy(parts))
+        mask = _joined([part.mask(used).expand(-1, -1, part.slots.shape[1], -1) for part in parts], 2)
+        wanted, counts = None, [(part.slots if part.wanted is None else part.wanted).shape[1] for part in parts]
+        if any(part.wanted is not None for part in parts):
+            index = torch.arange(slots.numel(), device=slots.device).view_as(slots).split([part.slots.shape[1] for part in parts], 1)
+            wanted = _joined([rows if part.wanted is None else rows.gather(1, part.wanted) for rows, part in zip(index, parts)], 1).flatten()
+        real, asked = self._needed(parts, wanted, counts)
+        ids, positions = (_joined([getattr(part, name) for part in parts], 1) for name in ("ids", "positions"))
+        logits = self.forward(ids, positions, mask, self.cache, wanted, real=real, asked=asked, noisy=self._noisy(parts))
         logits = logits.view(len(slots), -1, logits.shape[-1])
         logits[..., self.mask_id] = -torch.inf
-        return list(logits.split([rows.shape[1] for rows in index], 1))
+        return [logits] if len(parts) == 1 else list(logits.split(counts, 1))
 
-    def _needed(self, parts: tuple[_Part, ...], index: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """`real` and `asked` of `Forward`; None where all are."""
+    def _needed(self, parts: tuple[_Part, ...], wanted: Tensor | None, counts: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """`real` and `asked` of `Forward`, where each part wants so many rows; None where all are."""
         real = asked = None
-        if len(index[0]) > 1 and any(part.real is not True for part in parts):  # a batch of one has nothing that is there for others
-            real = torch.cat([torch.as_tensor(part.real, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
+        if len(parts[0].slots) > 1 and any(part.real is not True for part in parts):  # a batch of one has nothing that is there for others
+            real = _joined([torch.as_tensor(part.real, device=part.slots.device).expand(part.slots.shape) for part in parts], 1)
         if any(part.mute is not False for part in parts):
-            asked = torch.cat([~torch.as_tensor(part.mute, device=rows.device).expand(rows.shape) for part, rows in zip(parts, index)], 1).flatten()
+            asked = ~_joined([torch.as_tensor(part.mute, device=part.slots.device).expand(len(part.slots), count)
+                              for part, count in zip(parts, counts)], 1).flatten()
         if real is not None:
-            shown = real.flatten()[torch.cat(index, 1).flatten()]
+            shown = real.flatten() if wanted is None else real.flatten()[wanted]
             asked = shown if asked is None else shown & asked
         return real, asked
 
@@ -134,23 +138,25 @@ class Reader:
             return self._prefill(canvas, start)
         copied = ahead & ~spent if self.causal else torch.zeros_like(ahead)
         self.count(live, size * (1 + ahead.long() + copied.long()) + shadowed.long() * shadow.count(size, self.shift))
-        if self.causal and ahead.any():
-            parts = self._commit_and_read(canvas, start, ahead, spent, verify)
+        begins = bool(ahead.any())
+        if self.causal and begins:
+            part, widths = self._commit_and_read(canvas, start, ahead, spent, verify)
         else:
-            positions = self.positions(start, size * (2 if ahead.any() else 1))
-            real = ahead[:, None] | (torch.arange(positions.shape[1], device=start.device) < size)
-            parts = [self._in_place(canvas, positions, real=real, mute=self._mute(canvas, positions))]
+            positions, widths = self.positions(start, size * (1 + begins)), [size] * (1 + begins)
+            real = ahead[:, None] | (self.columns[:2 * size] < size) if begins else True
+            part = self._in_place(canvas, positions, real=real, mute=self._mute(canvas, positions))
         if shadowed.any():
-            parts.append(self._shadow(canvas, start, shadowed))
-        *read, hidden = self._feed(*parts) if shadowed.any() else (*self._feed(*parts), None)
-        if hidden is not None and self.shift:
-            first = read[0][:, :1] if self.carry is None else self.carry[:, None]
-            hidden = torch.cat([first, hidden], 1)
-        if len(read) == 1:
-            own, following = read[0][:, :size], read[0][:, size:] if ahead.any() else None
-            return Reading(own, own[:, -1], following, hidden=hidden)
+            read, hidden = self._feed(part, self._shadow(canvas, start, shadowed))
+            if self.shift:
+                first = read[:, :1] if self.carry is None else self.carry[:, None]
+                hidden = torch.cat([first, hidden], 1)
+        else:
+            (read,), hidden = self._feed(part), None
+        read = read.split(widths, 1)
+        if not (self.causal and begins):
+            return Reading(read[0], read[0][:, -1], read[1] if begins else None, hidden=hidden)
         commit, following = read[-2:]
-        return Reading(read[0], commit[:, -1], following, commit, hidden)
+        return Reading(read[0].expand(-1, size, -1), commit[:, -1], following, commit, hidden)  # where all are spent `own` says nothing
 
     def _prefill(self, canvas: Tensor, start: Tensor) -> Reading:
         """The first forward: the whole prompt blocks, committed, and the block after them."""
@@ -167,26 +173,26 @@ class Reader:
         self.carry = logits[:, 0]
         return Reading(logits[:, 1:], logits[:, -1])
 
-    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, spent: Tensor, whole: bool) -> list[_Part]:
-        """Three parts: the open block once more, unless all are `ahead` and `spent`; its causal copy, the commit; the next block.
+    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, spent: Tensor, whole: bool) -> tuple[_Part, list[int]]:
+        """The open block once more, unless all are `ahead` and `spent`; its causal copy, the commit; the next block. And how many rows of
+        each are wanted; whole: all of the copy, not its last only.
 
         Where a row is `ahead` the copy takes the block's slots and the block itself stands behind the next one; elsewhere the block
-        keeps its slots, and the other two parts are there because a batch is one tensor: nothing sees them. whole: logits of all
-        rows of the copy, not of its last only.
+        keeps its slots, and the other two are there because a batch is one tensor: nothing sees them.
         """
-        size, column, final = self.size, torch.arange(self.size, device=start.device), bool((ahead & spent).all())
-        aside = 2 * size * ahead.long()[:, None]  # where the block stands, counted from start
-        copy = 2 * size - aside
-        own, following = self.positions(start, size), self.positions(start + size, size)
-
-        def part(positions: Tensor, at: Tensor, *seen, **options) -> _Part:
-            return _Part(canvas.gather(1, positions), positions, start[:, None] + at + column, lambda used: attention.spans(start, used, *seen), **options)
-
-        block = part(own, aside, (aside, aside + size), real=~(ahead & spent)[:, None], mute=self._mute(canvas, own))
-        commit = part(own, copy, (copy, copy + column + 1), clean=True, real=ahead[:, None],
-                      wanted=None if final or whole else torch.full_like(aside, size - 1), mute=final and not whole and column < size - 1)
-        begun = part(following, torch.full_like(aside, size), (copy, copy + size), (size, 2 * size), real=ahead[:, None])
-        return [commit, begun] if final else [block, commit, begun]
+        size, closing = self.size, ahead & spent
+        gone = size * bool(closing.all())
+        columns, places = self.columns[gone:3 * size], self.triple[..., gone:]
+        positions = (start[:, None] + places[0, 0]).clamp(max=self.length - 1)
+        at, first, end = places[1:, ahead.long()]
+        real = torch.where(columns < size, ~closing[:, None], ahead[:, None]) if len(start) > 1 and not gone else True
+        wanted = None if whole else columns[(columns < size) | (columns >= 2 * size - 1)] - gone
+        rest = 2 * size if whole else size + 1
+        mute = False if gone else self._mute(canvas, positions[:, :size])
+        mute = mute if mute is False else torch.nn.functional.pad(mute, (0, rest))
+        part = _Part(canvas.gather(1, positions), positions, start[:, None] + at, lambda used: attention.spans(start, used, first, end),
+                     None if wanted is None else wanted.expand(len(start), -1), clean=((columns >= size) & (columns < 2 * size))[None], real=real, mute=mute)
+        return part, [size] * (not gone) + [rest - size, size]
 
     def _shadow(self, canvas: Tensor, start: Tensor, shadowed: Tensor) -> _Part:
         """The shadow of the open block (`shadow.rows`), of which the last rows predict."""
@@ -215,3 +221,19 @@ class Reader:
         """`kept` (b,) long are the rows that go on."""
         self.cache.keep_rows(kept)
         self.carry = self.carry[kept]
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+def _triple(size: int, device) -> Tensor:
+    """(4, 2, 3 K) long: of the rows of a block, of its causal copy and of the next block the position, the slot, and the first and the end of the
+    slots it sees, all counted from the block's start; for a block that goes on, and for one that closes."""
+    column, one = torch.arange(size, device=device), torch.ones(size, dtype=torch.long, device=device)
+    position = torch.cat([column, column, size + column])
+    open_block = [torch.cat(rows) for rows in ((column, 2 * size + column, size + column), (0 * one, 2 * size * one, 0 * one),
+                                               (size * one, 2 * size + column + 1, 2 * size * one))]
+    closing = [torch.cat(rows) for rows in ((2 * size + column, column, size + column), (2 * size * one, 0 * one, 0 * one),
+                                            (3 * size * one, column + 1, 2 * size * one))]
+    return torch.stack([torch.stack(pair) for pair in zip([position, *open_block], [position, *closing])])
