@@ -76,7 +76,7 @@ class _Decode:
         if self.recorder:
             self.recorder.write(live, positions, filled, revised, block.confidence, block.tokens, self.revise.remasks)
         full = (ids != self.mask_id).all(-1)
-        self.post[live] += full.long()
+        self.post.index_add_(0, live, full.long())
         return full, revised.any(-1)
 
     def step(self) -> None:
@@ -86,10 +86,11 @@ class _Decode:
         positions = reader.positions(start, self.size)
         masked = canvas.gather(1, positions) == self.mask_id
         whole = ~masked.any(-1)
-        last = self._last(live)
+        complete = bool(whole.any())  # only then can a row be at its last block, begin the next one or close
+        last = self._last(live) if complete else whole
         shadowed = ~whole & (~masked & self.generated[live[:, None], positions]).any(-1) if self.revise.shadow else torch.zeros_like(whole)
         ahead = torch.zeros_like(whole) if settings.look_back else whole & ~last
-        spent = whole & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
+        spent = whole & (self.post[live] > settings.max_post_steps) if complete else whole  # this forward only commits an exhausted block
         read = reader.read(canvas, start, live, ahead, spent, shadowed)
         full, edited = self._write(live, reader.align(read.own, reader.carry), spent, read.hidden)
         stable = whole & ~edited  # the forward saw the block's final tokens

@@ -7,6 +7,7 @@ Entry points: `Reader`, `Reading`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -78,8 +79,9 @@ class Reader:
 
     def count(self, rows: Tensor, positions: Tensor | int) -> None:
         """One more forward of `rows`, which fed `positions` of their own (what only other rows of the batch need is not theirs)."""
-        self.forwards.index_add_(0, rows, torch.ones_like(rows))
-        self.fed.index_add_(0, rows, torch.as_tensor(positions, device=rows.device).expand(rows.shape))
+        one = torch.ones_like(rows)
+        self.forwards.index_add_(0, rows, one)
+        self.fed.index_add_(0, rows, one * positions)
 
     def _feed(self, *parts: _Part) -> list[Tensor]:
         """One forward of all parts: logits (b, n, V) of what each wants; their keys land in their slots."""
@@ -136,16 +138,16 @@ class Reader:
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
             return self._prefill(canvas, start)
-        copied = ahead & ~spent if self.causal else torch.zeros_like(ahead)
-        self.count(live, size * (1 + ahead.long() + copied.long()) + shadowed.long() * shadow.count(size, self.shift))
-        begins = bool(ahead.any())
+        begins, shadows = bool(ahead.any()), bool(shadowed.any())
+        fed = size * (1 + ahead.long() + (ahead & ~spent).long() * self.causal) if begins else size
+        self.count(live, fed + shadowed.long() * shadow.count(size, self.shift) if shadows else fed)
         if self.causal and begins:
             part, widths = self._commit_and_read(canvas, start, ahead, spent, verify)
         else:
             positions, widths = self.positions(start, size * (1 + begins)), [size] * (1 + begins)
             real = ahead[:, None] | (self.columns[:2 * size] < size) if begins else True
             part = self._in_place(canvas, positions, real=real, mute=self._mute(canvas, positions))
-        if shadowed.any():
+        if shadows:
             read, hidden = self._feed(part, self._shadow(canvas, start, shadowed))
             if self.shift:
                 first = read[:, :1] if self.carry is None else self.carry[:, None]
@@ -206,7 +208,7 @@ class Reader:
     def advance(self, stable: Tensor, last: Tensor) -> None:
         """The blocks of rows `stable` (b,) bool are closed: `last` (b, V) predicts what follows them."""
         if self.carry is None or self.shift:
-            self.carry = last if self.carry is None else torch.where(stable[:, None], last, self.carry)
+            self.carry = last if self.carry is None else torch.where(stable[:, None], last, self.carry) if stable.any() else self.carry
 
     def reread(self, canvas: Tensor, positions: Tensor, horizon: Tensor) -> Tensor:
         """(b, Q, V) logits of the window `positions` (b, Q), all of it in view of itself up to horizon (b,); then `recommit`."""
@@ -219,14 +221,16 @@ class Reader:
 
     def keep_rows(self, kept: Tensor) -> None:
         """`kept` (b,) long are the rows that go on."""
-        self.cache.keep_rows(kept)
-        self.carry = self.carry[kept]
+        if len(kept):
+            self.cache.keep_rows(kept)
+            self.carry = self.carry[kept]
 
 
 def _joined(parts: list[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
+@lru_cache(maxsize=8)
 def _triple(size: int, device) -> Tensor:
     """(4, 2, 3 K) long: of the rows of a block, of its causal copy and of the next block the position, the slot, and the first and the end of the
     slots it sees, all counted from the block's start; for a block that goes on, and for one that closes."""

@@ -24,13 +24,13 @@ class _Speculation:
         self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
         self.reader = Reader(model, self.canvas, size)
         self.start, self.sure = lengths // size * size, lengths.clone()  # the open block; positions before `sure` are verified
+        self.generated = self.reader.columns[:slots] >= lengths[:, None]
         self.live = torch.arange(len(prompt_ids), device=device)
 
     def _finished(self, rows: Tensor, before: Tensor) -> Tensor:
         """(b,) True = all that was asked for, or an EOS, stands among the verified tokens before `before`."""
-        column = torch.arange(self.canvas.shape[1], device=before.device)
-        generated = (column >= self.lengths[rows][:, None]) & (column < before[:, None])
-        return (before >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.eos) & generated).any(-1)
+        verified = self.reader.columns[:self.canvas.shape[1]] < before[:, None]
+        return (before >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.eos) & verified & self.generated[rows]).any(-1)
 
     def _draft(self, rows: Tensor, logits: Tensor) -> None:
         """Masks of the open blocks of `rows` get the argmax of aligned logits (b, K, V)."""
