@@ -153,8 +153,8 @@ def measure(model, *, prompt: int, new: int, steps: int, rounds: int, seed: int 
         if theirs and not torch.equal(found.ids, expected):
             raise HildaError(f"{int((found.ids != expected).sum())} of {new} tokens differ from the pipeline's: the times cannot be compared")
         if number:
-            rows.append({"round": number, "ours_s": ours_s, "floor_s": floor_s, "pipeline_s": pipeline_s, "fed": int(found.positions_fed),
-                         "gflops": flops(model, forwards) / floor_s / 1e9})
+            rows.append({"round": number, "ours_s": ours_s, "floor_s": floor_s, "pipeline_s": pipeline_s,
+                         "fed": int(found.positions_fed), "gflops": flops(model, forwards) / floor_s / 1e9})
             beside = f", pipeline {pipeline_s:.2f} s" if theirs else ""
             print("round {round}  decode {ours_s:.2f} CPU-s, floor {floor_s:.2f} s at {gflops:.0f} GFLOP/s".format(**rows[-1]) + beside, flush=True)
     return rows

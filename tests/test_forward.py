@@ -12,7 +12,9 @@ from hildalib.decoding.forward import Forward, is_straight
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 23,
          "attn_implementation": "sdpa"}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}  # turns a position by how long the text is
 MODELS = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+          "dynamic": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=8, rope_parameters=DYNAMIC)),
           "stretched": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})),
           "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16))}
 
@@ -23,38 +25,36 @@ def build(name, dtype=torch.float32):
 
 
 def two_forwards(model, straight, real=None, wanted=None, asked=None):
-    """A context of 8, then 4 more positions at different places in two rows; the logits of the second forward."""
+    """A context of 8, then 4 other tokens at different places in two rows; the logits of the second forward, the cache, and the
+    first layer's keys before it."""
     forward, cache, generator = Forward(model), BlockCache(16), torch.Generator().manual_seed(1)
     forward.straight &= straight
     ids, start = torch.randint(23, (2, 12), generator=generator), torch.tensor([8, 4])
     for positions, wants in ((torch.arange(8).expand(2, -1), None), (start[:, None] + torch.arange(4), wanted)):
         mask = attention.window(positions, cache.at(positions).used, 4)
         later = positions.shape[1] == 4
+        before = cache.keys[0].clone() if later else None
         with torch.inference_mode():
-            out = forward(ids.gather(1, positions), positions, mask, cache, wants, real=real if later else None, asked=asked if later else None)
-    return out, cache
+            out = forward((ids.gather(1, positions) + later) % 23, positions, mask, cache, wants, real=real if later else None, asked=asked if later else None)
+    return out, cache, before
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_are_those_of_the_models_own_forward(name, dtype):
-    model = build(name, dtype)
-    assert is_straight(model)
-    (ours, keys), (theirs, expected) = two_forwards(model, True), two_forwards(model, False)
+    assert is_straight(build(name, dtype))
+    (ours, keys, _), (theirs, expected, _) = two_forwards(build(name, dtype), True), two_forwards(build(name, dtype), False)
     assert torch.equal(ours, theirs) and all(torch.equal(keys.keys[layer], expected.keys[layer]) for layer in expected.keys)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_left_out_change_no_other_row_and_leave_no_key(name):
-    model = build(name)
-    whole, _ = two_forwards(model, True)
+    whole, *_ = two_forwards(build(name), True)
     real, wanted = torch.tensor([[True, True, True, True], [True, True, False, False]]), torch.tensor([0, 2, 3, 4, 5, 6])
     asked = torch.tensor([True, False, True, False, True, False])
-    part, cache = two_forwards(model, True, real, wanted, asked)
-    shown = wanted[asked]
-    mask = torch.zeros(8, dtype=torch.bool)
-    assert torch.allclose(part[asked][:2], whole[shown][:2], atol=1e-5) and (part[~asked] == 0).all()
-    assert (cache.keys[0][1, 6:] == 0)[2:].all() and not mask.any()
+    part, cache, before = two_forwards(build(name), True, real, wanted, asked)
+    assert torch.allclose(part[asked][:2], whole[wanted[asked]][:2], atol=1e-5) and (part[~asked] == 0).all()
+    assert torch.equal(cache.keys[0][1, 6:], before[1, 6:]) and not torch.equal(cache.keys[0][1, 4:6], before[1, 4:6])
 
 
 def test_other_models_keep_their_own_forward():

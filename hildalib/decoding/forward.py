@@ -21,9 +21,10 @@ STRAIGHT = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # class
 
 
 def is_straight(model) -> bool:
-    """Whether `model` is a decoder as `Forward` writes it: of one of these classes, in evaluation, with SDPA over all positions."""
+    """Whether `model` is a decoder as `Forward` writes it: of one of these classes, in evaluation, on one device, with SDPA over all positions."""
     config, name = model.config, type(model)
     return (name.__name__ in STRAIGHT and name.__module__.startswith("transformers.") and not model.training and not is_gated(model)
+            and not hasattr(model, "_hf_hook")  # Accelerate's, which fetches weights from other devices
             and config._attn_implementation in ("sdpa", attention.TILED) and {*(getattr(config, "layer_types", None) or [])} <= {"full_attention"})
 
 
@@ -31,9 +32,9 @@ class Forward:
     """The model as a function of ids (b, Q) long, positions (b, Q) long, mask (b, 1, Q, slots) bool (True = may attend; None: all
     slots in use) and a `BlockCache` that knows the slots.
 
-    Returns (n, V) logits of the rows wanted (n,) of the flattened (b Q), None for all of them. real (b, Q) bool: rows that are there for their own sake; the others
-    only fill up the batch. asked (n,) bool: the wanted rows whose logits matter, all of them real; the others may come out as zeros.
-    noisy (b, Q) bool: rows on which the adapters of a gated model act.
+    Returns (n, V) logits of the rows wanted (n,) of the flattened (b Q), None for all of them. real (b, Q) bool: rows that are there for
+    their own sake; the others only fill up the batch, and are not wanted or not asked. asked (n,) bool: the wanted rows whose logits
+    matter, all of them real; the others may come out as zeros. noisy (b, Q) bool: rows on which the adapters of a gated model act.
     """
 
     def __init__(self, model):
@@ -42,7 +43,6 @@ class Forward:
             self.embed, self.rotary, self.turns = model.model.embed_tokens, model.model.rotary_emb, None
             self.layers = [_layer(layer) for layer in model.model.layers]
             self.norm, self.head = _norm(model.model.norm), _function(model.lm_head)
-            self.seen, self.unseen = (torch.tensor(value, dtype=model.dtype, device=model.device) for value in (0.0, -torch.inf))
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
                  asked: Tensor | None = None, noisy: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ class Forward:
             rows, packed = real.flatten().nonzero()[:, 0], (real.flatten().cumsum(0) - 1)[ends]
             x, turns, slots = x[rows], turns[rows], slots[rows]
         cos, sin = self._turns(x, turns, cache.slots)
-        bias = None if mask is None else torch.where(mask, self.seen, self.unseen)
+        bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for number, layer in enumerate(self.layers):
             count, h = x.shape[0], layer.norm(x)
             keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)

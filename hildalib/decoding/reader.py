@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hildalib import attention
@@ -191,9 +192,10 @@ class Reader:
         wanted = None if whole else columns[(columns < size) | (columns >= 2 * size - 1)] - gone
         rest = 2 * size if whole else size + 1
         mute = False if gone else self._mute(canvas, positions[:, :size])
-        mute = mute if mute is False else torch.nn.functional.pad(mute, (0, rest))
+        mute = mute if mute is False else F.pad(mute, (0, rest))
+        wanted = None if wanted is None else wanted.expand(len(start), -1)
         part = _Part(canvas.gather(1, positions), positions, start[:, None] + at, lambda used: attention.spans(start, used, first, end),
-                     None if wanted is None else wanted.expand(len(start), -1), clean=((columns >= size) & (columns < 2 * size))[None], real=real, mute=mute)
+                     wanted, clean=((columns >= size) & (columns < 2 * size))[None], real=real, mute=mute)
         return part, [size] * (not gone) + [rest - size, size]
 
     def _shadow(self, canvas: Tensor, start: Tensor, shadowed: Tensor) -> _Part:
@@ -232,8 +234,8 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _triple(size: int, device) -> Tensor:
-    """(4, 2, 3 K) long: of the rows of a block, of its causal copy and of the next block the position, the slot, and the first and the end of the
-    slots it sees, all counted from the block's start; for a block that goes on, and for one that closes."""
+    """(4, 2, 3 K) long: of the rows of a block, of its causal copy and of the next block the position, the slot, and the first and the
+    end of the slots it sees, all counted from the block's start; for a block that goes on, and for one that closes."""
     column, one = torch.arange(size, device=device), torch.ones(size, dtype=torch.long, device=device)
     position = torch.cat([column, column, size + column])
     open_block = [torch.cat(rows) for rows in ((column, 2 * size + column, size + column), (0 * one, 2 * size * one, 0 * one),
