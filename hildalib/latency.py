@@ -8,6 +8,7 @@ Entry points: `random_model`, `pipeline_decode`, `decode`, `shapes`, `matmuls`, 
 
 import argparse
 import time
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -161,8 +162,7 @@ def measure(model, *, prompt: int, new: int, steps: int, rounds: int, seed: int 
 
 
 def _spread(ratios: list[float]) -> str:
-    ratios = sorted(ratios)
-    return f"median {ratios[len(ratios) // 2]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    return f"median {median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
 
 
 def main(arguments: list[str] | None = None) -> None:

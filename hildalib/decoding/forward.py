@@ -100,9 +100,9 @@ def _layer(layer) -> SimpleNamespace:
     """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
     at, mlp = layer.self_attn, layer.mlp
     parts = {"q": at.q_proj, "k": at.k_proj, "v": at.v_proj, "o": at.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-    return SimpleNamespace(width=at.head_dim, act=mlp.act_fn, norm=_norm(layer.input_layernorm), norm_after=_norm(layer.post_attention_layernorm),
-                           norm_q=_norm(getattr(at, "q_norm", None)), norm_k=_norm(getattr(at, "k_norm", None)),
-                           **{name: _function(part) for name, part in parts.items()})
+    return SimpleNamespace(width=at.head_dim, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
+                           norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
+                           norm_k=_norm(getattr(at, "k_norm", None)), **{name: _function(part) for name, part in parts.items()})
 
 
 def _function(module):
@@ -112,6 +112,11 @@ def _function(module):
         return module
     bias, weight = module.bias, module.weight.t()
     return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+
+
+def _activation(module):
+    """SiLU in place, for what goes in is needed no more; another activation as it is."""
+    return partial(F.silu, inplace=True) if type(module).__name__ in ("SiLU", "SiLUActivation") else module
 
 
 def _norm(module):

@@ -80,7 +80,8 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
 
     A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the AR mode's
     own choices take the place of the first wrong token and of all behind it, as in Jacobi decoding (arXiv 2305.10427), and the next
-    forward verifies those. So a block costs 1 forward and 1 more for each rejection, K + 1 at most. Raises HildaError for a model without a causal context, whose AR mode is not what commits a block.
+    forward verifies those. So a block costs 1 forward and 1 more for each rejection, K + 1 at most. Raises HildaError for a model
+    without a causal context, whose AR mode is not what commits a block.
     """
     record = getattr(model.config, "hilda", None) or {}
     size = record.get("block_size") or 0
