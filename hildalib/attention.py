@@ -117,18 +117,14 @@ def window(positions: Tensor, slots: int, block_size: int) -> Tensor:
     return (torch.arange(slots, device=positions.device) < ends[:, :, None])[:, None]
 
 
-def spans(start: Tensor, slots: int, *seen: tuple[Tensor | int, Tensor | int]) -> Tensor:
+def spans(start: Tensor, slots: int, first: Tensor, end: Tensor) -> Tensor:
     """Mask of a cached forward in which a row's open block may stand in several versions behind its committed slots.
 
-    start (b,): the first slot that is not committed; seen: [first, end) of further slots, counted from start, each a number or
-    (b, Q). Returns (b, 1, Q or 1, slots) bool, True = may attend: all committed slots and these.
+    start (b,): the first slot that is not committed; first, end (b, Q): the further slots [first, end) of each query, counted from
+    start. Returns (b, 1, Q, slots) bool, True = may attend: all committed slots and these.
     """
     offset = (torch.arange(slots, device=start.device) - start[:, None])[:, None]  # (b, 1, slots)
-    inside = offset < 0
-    for span in seen:
-        first, end = (value[..., None] if torch.is_tensor(value) else value for value in span)
-        inside = inside | ((offset >= first) & (offset < end))
-    return inside[:, None]
+    return ((offset < 0) | (offset >= first[..., None]) & (offset < end[..., None]))[:, None]
 
 
 def beside(start: Tensor, slots: int, first: int, seen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
 Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `pipelined`,
-`speculative`, `searching` and `autoregressive` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
+`speculative`, `searching`, `autoregressive` and `generating` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
 import time
@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, pipeline_decode,
-                               self_speculate)
+from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, generate_decode,
+                               pipeline_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -53,6 +53,11 @@ def autoregressive(max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
     """The AR twin's decoding, with KV cache, as a decoder of `run`."""
     return lambda model, ids, real: ar_decode(model, ids, attention_mask=real, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                                               beams=beams)
+
+
+def generating(max_new_tokens: int) -> Decoder:
+    """The same greedy text by Transformers' `generate`, as a decoder of `run`."""
+    return lambda model, ids, real: generate_decode(model, ids, attention_mask=real, max_new_tokens=max_new_tokens)
 
 
 def coverage(kept: list[Beams], tokenizer, task, items: list) -> float:

@@ -117,7 +117,7 @@ for name in arms:
 # %% [markdown]
 # ## One by one
 #
-# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. The twin decodes greedily with its cache. Of the dLLM's texts
+# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. The twin decodes greedily with its cache, once in the straight lines that the diffusion decoders use too and once by Transformers' `generate`. Of the dLLM's texts
 #
 # - *S* and *Q* are its own, at the thresholds of notebook 04;
 # - *own AR text* is that of its block-size-1 mode: it drafts a block and keeps what that mode would have written (`self_speculate`);
@@ -129,7 +129,8 @@ plain = EditSettings(max_new_tokens=max_new_tokens, max_post_steps=presets["max_
 chosen = {name: replace(plain, tau_mask=preset["tau_mask"], tau_edit=preset["tau_edit"])
           for name, preset in sorted(presets["presets"].items())}
 one_by_one = evaluate.autoregressive(max_new_tokens)
-contestants = {"AR twin": ("AR twin", one_by_one), "dLLM, block size 1": ("dLLM", one_by_one),
+contestants = {"AR twin": ("AR twin", one_by_one),
+               "AR twin, generate": ("AR twin", evaluate.generating(max_new_tokens)), "dLLM, block size 1": ("dLLM", one_by_one),
                **{f"dLLM {name}": ("dLLM", evaluate.diffusion(settings)) for name, settings in chosen.items()},
                "dLLM, own AR text": ("dLLM", evaluate.speculative(max_new_tokens))}
 if "gated" in arms:
@@ -205,7 +206,7 @@ if len(tables) > 2:
     page = page.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
           "interval": "95 %, over seeds" if len(tables) > 2 else "95 % Wilson, over items"}
-figures.save(comparison.spending(page[page.arm != "dLLM, block size 1"]), "09_decoders", page,
+figures.save(comparison.spending(page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]), "09_decoders", page,
              profile=profile, seed=seed, provenance=origin)
 plt.show()
 

@@ -262,4 +262,4 @@ def test_a_cache_slot_holds_what_was_written_last_and_rows_can_leave():
     keys, values = cache.at(torch.tensor([[2, 3], [4, 5]])).update(10 + new[:, :, :2], -new[:, :, :2], 0)
     assert keys[:, 0, :, 0].tolist() == [[0, 1, 10, 11, 0, 0], [4, 5, 6, 7, 14, 15]] and keys.shape == values.shape == (2, 1, 6, 1)
     cache.keep_rows(torch.tensor([1]))
-    assert cache.keys[0][:, 0, :, 0].tolist() == [[4, 5, 6, 7, 14, 15]] and cache.get_seq_length() == 6
+    assert cache.keys[0][:, :, 0, 0].tolist() == [[4, 5, 6, 7, 14, 15]] and cache.get_seq_length() == 6

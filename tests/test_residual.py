@@ -15,6 +15,7 @@ from tiny import EOS, FIRST, MASK, as_rows, text, tiny, weights
 
 from hildalib import HildaError, backbones
 from hildalib.decoding import EditSettings, edit_decode
+from hildalib.decoding.forward import Forward
 from hildalib.gated import gate
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.recipe import Recipe
@@ -142,8 +143,13 @@ def test_4_cached_equals_uncached_with_a_residual_for_any_settings(models, **cas
 def test_only_masks_that_the_forward_before_left_in_the_same_block_carry_anything(models, monkeypatch, causal):
     """Read off the model's inputs: rows that are no token's embedding. None in the first forward of a block (cold start)."""
     model, seen = models[0, True, causal, 4], []
-    plain, call = model.get_input_embeddings().weight, type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, **inputs: (seen.append(inputs.get("inputs_embeds")), call(self, **inputs))[1])
+    plain, embedded = model.get_input_embeddings().weight, Forward._embedded
+
+    def watched(self, ids, carried):
+        seen.append((embeds := embedded(self, ids, carried)) if carried is not None else None)
+        return embeds if carried is not None else embedded(self, ids, carried)
+
+    monkeypatch.setattr(Forward, "_embedded", watched)
     settings = EditSettings(tau_mask=0.6, tau_edit=1.0, max_new_tokens=21, stop_at_eos=False, residual=Residual())
     trace = edit_decode(model, torch.tensor([[5, 6, 7, 8]]), settings, trace=True).trace  # ids[n]: what forward n read
     masks = torch.tensor(trace.ids[:len(seen), 0] == MASK)

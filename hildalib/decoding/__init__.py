@@ -1,6 +1,6 @@
 """Decoders: the block loop with its cache, trace and rules (`commit`, `revise`), search over its orders and tokens, and the AR twin's.
 
-Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`, `ar_decode`, `self_speculate`, `order_token_search`, `explore`,
+Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`, `ar_decode`, `generate_decode`, `self_speculate`, `order_token_search`, `explore`,
 `vote`, `SearchSettings`, `Beams`, `pipeline_decode`, `PipelineSettings`, `Trace`, `generate_text`.
 """
 
@@ -10,7 +10,7 @@ import torch
 
 from hildalib import HildaError
 from hildalib.decoding import commit, revise
-from hildalib.decoding.autoregressive import ar_decode
+from hildalib.decoding.autoregressive import ar_decode, generate_decode
 from hildalib.decoding.decoded import Decoded
 from hildalib.decoding.edit import edit_decode
 from hildalib.decoding.pipeline import PipelineSettings, pipeline_decode
@@ -19,7 +19,7 @@ from hildalib.decoding.settings import PRESETS, EditSettings
 from hildalib.decoding.speculation import self_speculate
 from hildalib.decoding.trace import Trace
 
-__all__ = ["PRESETS", "Beams", "Decoded", "EditSettings", "PipelineSettings", "SearchSettings", "Trace", "ar_decode", "commit", "edit_decode", "explore", "generate_text",
+__all__ = ["PRESETS", "Beams", "Decoded", "EditSettings", "PipelineSettings", "SearchSettings", "Trace", "ar_decode", "commit", "edit_decode", "explore", "generate_decode", "generate_text",
            "order_token_search", "pipeline_decode", "revise", "self_speculate", "settings_for", "vote"]
 
 

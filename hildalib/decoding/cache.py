@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 class BlockCache:
-    """Keys and values of shape (B, heads, slots, D_head) a layer, handed to a Transformers model as `past_key_values`.
+    """Keys and values of shape (B, slots, heads, D_head) a layer, so that a position is written at one stretch.
 
     Call `at(positions)` before each forward: row r then writes slot positions[r, q] and attention reads slots
-    0..max(positions); which of those a query may see is the mask's business (`attention.window`).
+    0..max(positions); which of those a query may see is the mask's business (`attention.window`). `Forward` writes rows of its
+    choice; a Transformers model that is handed the cache as `past_key_values` writes all.
     """
 
     def __init__(self, slots: int):
@@ -20,22 +21,37 @@ class BlockCache:
         self.only: Tensor | None = None  # (b,) the rows that take part, where not all do
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.views: dict[int, tuple[Tensor, ...]] = {}  # of both, as they are written and as they are read
+        self.rows: Tensor | None = None  # (B, 1) the first of all B * slots of each row
 
     def at(self, positions: Tensor) -> "BlockCache":
         """positions (B, Q) long: the slots the next forward writes."""
-        self.positions, self.used = positions, int(positions.max()) + 1
-        self.rows = (torch.arange(len(positions), device=positions.device) if self.only is None else self.only)[:, None]
+        if self.only is not None:
+            rows = self.slots * self.only[:, None]
+        else:
+            if self.rows is None or len(self.rows) != len(positions):
+                self.rows = self.slots * torch.arange(len(positions), device=positions.device)[:, None]
+            rows = self.rows
+        self.used, self.index = int(positions.max()) + 1, (positions + rows).flatten()
         return self
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        """Called by the attention layers: writes (B, heads, Q, D_head) and returns the slots in use."""
-        for store, new in ((self.keys, keys), (self.values, values)):
-            if layer not in store:
-                batch, heads, _, width = new.shape
-                store[layer] = new.new_zeros(batch, heads, self.slots, width)
-            store[layer][self.rows, :, self.positions] = new.transpose(1, 2)
+    def write(self, index: Tensor, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Writes (N, heads, D_head) where index (N,) of `self.index` says; returns the slots in use, (B, heads, slots, D_head)."""
+        if layer not in self.views:
+            self._hold(layer, *(new.new_zeros(len(self.rows), self.slots, *new.shape[1:]) for new in (keys, values)))
+        to_keys, to_values, keys_read, values_read = self.views[layer]
+        to_keys.index_copy_(0, index, keys)
+        to_values.index_copy_(0, index, values)
         read = slice(None) if self.only is None else self.only
-        return self.keys[layer][read, :, :self.used], self.values[layer][read, :, :self.used]
+        return keys_read[read, :, :self.used], values_read[read, :, :self.used]
+
+    def _hold(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[layer], self.values[layer] = keys, values
+        self.views[layer] = keys.flatten(0, 1), values.flatten(0, 1), keys.transpose(1, 2), values.transpose(1, 2)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        """Called by the attention layers of Transformers with keys and values of all positions, (B, heads, Q, D_head)."""
+        return self.write(self.index, keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1), layer)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Length that Transformers asks for when position ids are not given; they always are."""
@@ -43,6 +59,5 @@ class BlockCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """`rows` (b,) long are the ones that go on: finished ones are missing, those that branch are there more than once."""
-        for store in (self.keys, self.values):
-            for layer in store:
-                store[layer] = store[layer][rows]
+        for layer in self.keys:
+            self._hold(layer, self.keys[layer][rows], self.values[layer][rows])

@@ -21,6 +21,8 @@ class Threshold:
     minimum: int = 1
 
     def __call__(self, block: Block) -> Tensor:
+        if self.minimum == 1:  # `rules.advance` sees to one
+            return block.masked & (block.confidence > self.tau)
         return fill(block.confidence, block.masked, self.tau, self.minimum)
 
 

@@ -45,39 +45,44 @@ class BlockLoop:
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
         self.live = torch.arange(batch, device=device)  # row of the reader -> batch row
         self.payer = self.live.clone()  # batch row -> whose account its forwards go to
+        self.generated = torch.arange(slots, device=device) >= lengths[:, None]
+        self.stops = self.eos if settings.stop_at_eos else self.eos[:0]  # nothing is decoded behind these
         self.snapshot = torch.full(self.canvas.shape, torch.nan, device=device)  # confidence of each position when last written
         self.remasks = torch.zeros_like(self.canvas)  # how often each position went back to [MASK]
         self.memory: dict[str, Tensor] = {}  # what rules note of the open blocks, and what their masks carry, (B, ...) each
         self.recorder = Recorder(self.canvas, lengths, size, self.mask_id) if trace else None
 
-    def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
-        """What the rules see of the current blocks of rows `live`, and their positions (b, K)."""
-        positions = self.reader.positions(self.start[live], self.size)
-        current, history = self.canvas[live].gather(1, positions), self.snapshot[live]
-        hidden = (current == self.mask_id) & ~frozen[:, None]
-        visible = (current != self.mask_id) & (positions >= self.lengths[live][:, None]) & ~frozen[:, None]
+    def _block(self, live: Tensor, positions: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> rules.Block:
+        """What the rules see of the current blocks of rows `live`, at positions (b, K)."""
+        rows = live[:, None]
+        current, history, frozen = self.canvas[rows, positions], self.snapshot[live], frozen[:, None]
+        masked = current == self.mask_id
+        hidden = masked & ~frozen
         return rules.Block(
-            logits=logits, current=current, hidden=hidden, masked=rules.leftmost(hidden, self.settings.sub_block), visible=visible,
-            spent=self.remasks[live].gather(1, positions) >= self.settings.max_remasks, history=history, snapshot=history.gather(1, positions),
-            memory={name: value[live] for name, value in self.memory.items()}, shadow=hidden_logits,
-            temperature=self.settings.temperature, generator=self.generator), positions
+            logits=logits, current=current, hidden=hidden, masked=rules.leftmost(hidden, self.settings.sub_block),
+            visible=self.generated[rows, positions] & ~(masked | frozen), spent=self.remasks[rows, positions] >= self.settings.max_remasks,
+            history=history, snapshot=history.gather(1, positions), memory={name: value[live] for name, value in self.memory.items()},
+            shadow=hidden_logits, temperature=self.settings.temperature, generator=self.generator)
 
     def _write(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fill and revise the current blocks of rows `live` by aligned logits (b, K, V); frozen (b,) bool: write nothing.
         Returns (no mask is left, something was revised), each (b,) bool."""
-        block, positions = self._block(live, logits, frozen, hidden_logits)
+        rows, positions = live[:, None], self.reader.positions(self.start[live], self.size)
+        block = self._block(live, positions, logits, frozen, hidden_logits)
         ids, filled, revised = rules.advance(block, self.commit, self.revise, self.mask_id)
-        self.canvas[live] = self.canvas[live].scatter(1, positions, ids)
-        self.snapshot[live] = block.history.scatter(1, positions, block.snapshot)
+        self.canvas[rows, positions] = ids
+        self.snapshot[rows, positions] = block.snapshot
         if self.revise.remasks:
-            self.remasks[live] = self.remasks[live].scatter_add(1, positions, revised.long())
+            self.remasks[rows, positions] += revised.long()
         if self.settings.residual:
             block.memory["residual"] = self._residual(live, logits, block.hidden & ~block.filled)
         for name, value in block.memory.items():
             self.memory.setdefault(name, value.new_zeros(len(self.canvas), *value.shape[1:]))[live] = value
         if self.recorder:
             self.recorder.write(live, positions, filled, revised, block.confidence, block.tokens, self.revise.remasks)
-        return (ids != self.mask_id).all(-1), revised.any(-1)
+        full = (ids != self.mask_id).all(-1)
+        self.post.index_add_(0, live, full.long())
+        return full, revised.any(-1)
 
     def _residual(self, live: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
         """(b, K, D): what the next forward adds to the embeddings of `masks` (b, K) bool, read as [MASK] and not written; zeros elsewhere."""
@@ -88,20 +93,22 @@ class BlockLoop:
     def step(self) -> None:
         """One forward of every live row: fill and edit its block; where the block was done, begin the next one too."""
         live, settings, reader = self.live, self.settings, self.reader
-        end = self.start[live] + self.size
-        positions = reader.positions(self.start[live], self.size)
-        masked = self.canvas[live].gather(1, positions) == self.mask_id
-        had_masks = masked.any(-1)
-        shadowed = had_masks & (~masked & (positions >= self.lengths[live][:, None])).any(-1) & self.revise.shadow
-        ahead = ~had_masks & (end < self.ends[live]) & ~self._has_eos(live, end) & (not settings.look_back)
-        spent = ~had_masks & (self.post[live] > settings.max_post_steps)  # this forward is only the commit of an exhausted block
+        canvas, start = self.canvas[live], self.start[live]
+        positions = reader.positions(start, self.size)
+        masked = canvas.gather(1, positions) == self.mask_id
+        whole = ~masked.any(-1)
+        complete = bool(whole.any())  # only then can a row be at its last block, begin the next one or close
+        last = self._last(live) if complete else whole
+        shadowed = ~whole & (~masked & self.generated[live[:, None], positions]).any(-1) if self.revise.shadow else torch.zeros_like(whole)
+        ahead = torch.zeros_like(whole) if settings.look_back else whole & ~last
+        spent = whole & (self.post[live] > settings.max_post_steps) if complete else whole  # this forward only commits an exhausted block
         carried = self.memory["residual"][live] if "residual" in self.memory else None
-        read = reader.read(self.canvas[live], self.start[live], self.payer[live], ahead, spent, shadowed, carried=carried)
+        read = reader.read(canvas, start, self.payer[live], ahead, spent, shadowed, carried=carried)
         full, edited = self._write(live, reader.align(read.own, reader.carry), spent, read.hidden)
-        self.post[live] += full.long()
-        stable = ~had_masks & ~edited  # the forward saw the block's final tokens
+        stable = whole & ~edited  # the forward saw the block's final tokens
         reader.advance(stable, read.last)
-        closed = self._close(stable, full & ~stable & (self.post[live] > self._post_limit()))
+        self._exhaust(live[full & ~stable & (self.post[live] > self._post_limit())])
+        closed = self._close(stable, last)
         if read.following is not None and (begin := closed & ahead).any():
             self._begin(live[begin], reader.align(read.following, read.last)[begin])
         if self.recorder:
@@ -111,36 +118,42 @@ class BlockLoop:
     def _begin(self, rows: Tensor, logits: Tensor) -> None:
         """The first step of the blocks of `rows`, by aligned logits (b, K, V)."""
         full, _ = self._write(rows, logits, torch.zeros_like(rows, dtype=torch.bool))
-        self.post[rows] += full.long()
-        self._exhaust(rows[full & (self._post_limit() < 1)])
+        if self._post_limit() < 1:
+            self._exhaust(rows[full])
 
     def _post_limit(self) -> int:
         """Where no full block is revised a confirming forward changes nothing."""
         return self.settings.max_post_steps if self.revise.confirms else 0
 
+    def _last(self, rows: Tensor) -> Tensor:
+        """(b,) True = nothing is to be decoded behind the current block as it stands: all is there that was asked for, or an EOS."""
+        return (self.start[rows] + self.size >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.stops) & self.generated[rows]).any(-1)
+
     def _exhaust(self, rows: Tensor) -> None:
         """`rows` may spend no more forwards on their block: the next one only commits it, unless it is the last."""
-        last = self.start[rows] + self.size
-        self.done[rows] = (last >= self.ends[rows]) | self._has_eos(rows, last)
+        if not len(rows):
+            return
+        self.done[rows] = self._last(rows)
         self.post[rows] = self.settings.max_post_steps + 1
         if self.recorder:
             self.recorder.close(rows, self.start[rows], self.size)
 
-    def _close(self, stable: Tensor, exhausted: Tensor) -> Tensor:
-        """Moves rows whose block is `stable` to their next one; returns (b,) bool, True = has moved."""
-        live, end = self.live, self.start[self.live] + self.size
-        finished = (end >= self.ends[live]) | self._has_eos(live, end)
+    def _close(self, stable: Tensor, last: Tensor) -> Tensor:
+        """Moves rows whose block is `stable` to their next one, unless it was their last; returns (b,) bool, True = has moved."""
+        moving = stable & ~last
+        if not stable.any():
+            return moving
+        live = self.live
         if self.recorder:
             self.recorder.close(live[stable], self.start[live[stable]], self.size)
-        self._exhaust(live[exhausted])
-        self.done[live[stable & finished]] = True
-        moving = stable & ~finished
+        self.done[live[stable & last]] = True
         if self.settings.look_back and bool(moving.any()):
             self._look_back(moving)
-        self.start[live[moving]] = end[moving]
-        self.post[live[moving]] = 0
+        moved = live[moving]
+        self.start[moved] += self.size
+        self.post[moved] = 0
         for value in self.memory.values():
-            value[live[moving]] = 0
+            value[moved] = 0
         return moving
 
     def _drop_finished(self) -> None:
@@ -148,14 +161,6 @@ class BlockLoop:
         if len(kept) < len(self.live):
             self.live = self.live[kept]
             self.reader.keep_rows(kept)
-
-    def _has_eos(self, rows: Tensor, end: Tensor) -> Tensor:
-        """(b,) True = an EOS stands among the generated tokens before `end`."""
-        if not self.settings.stop_at_eos:
-            return torch.zeros_like(end, dtype=torch.bool)
-        column = torch.arange(self.canvas.shape[1], device=end.device)
-        generated = (column >= self.lengths[rows][:, None]) & (column < end[:, None])
-        return (torch.isin(self.canvas[rows], self.eos) & generated).any(-1)
 
     def _look_back(self, closing: Tensor) -> None:
         """Edits in the `look_back` blocks before a just closed one, that block in view; then the window is committed anew.

@@ -16,11 +16,13 @@ from hildalib.decoding.rules import Block, edit, leading
 
 class Revision:
     """remasks: what is revised goes back to [MASK]. confirms: it may revise a block that had no mask when it was read, so that a
-    full block is read once more. shadow: it needs `Block.shadow`."""
+    full block is read once more. shadow: it needs `Block.shadow`. reads: it looks at logits of visible tokens, which are not worked out
+    otherwise."""
 
     remasks = True
     confirms = False
     shadow = False
+    reads = True
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Edit(Revision):
     @property
     def confirms(self) -> bool:
         return self.tau < 1
+
+    reads = confirms
 
     def __call__(self, block: Block) -> Tensor:
         return edit(block.tokens, block.confidence, block.current, block.visible, self.tau)

@@ -28,13 +28,18 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
 def leading(score: Tensor, among: Tensor, count: Tensor | int) -> Tensor:
     """The `count` (an int or (b, 1) long; all of them where fewer) highest-scoring positions `among` (b, K) bool; ties from
     the left. score (b, K), finite there."""
-    order = score.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return among & (order.argsort(-1) < count)
+    score = score.masked_fill(~among, -torch.inf)
+    if isinstance(count, int) and count == 1:
+        return among & torch.zeros_like(among).scatter_(-1, score.argmax(-1, keepdim=True), True)  # the first of several
+    return among & (score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count)
 
 
 def at_least(chosen: Tensor, confidence: Tensor, masked: Tensor, minimum: int) -> Tensor:
     """`chosen`, or where it has fewer than `minimum` positions the `minimum` most confident masked ones instead: progress."""
-    short = chosen.sum(-1, keepdim=True) < minimum
+    if minimum == 1:
+        short = masked.any(-1, keepdim=True) & ~chosen.any(-1, keepdim=True)
+    else:
+        short = chosen.sum(-1, keepdim=True) < masked.sum(-1, keepdim=True).clamp(max=minimum)
     return torch.where(short, leading(confidence, masked, minimum), chosen) if bool(short.any()) else chosen
 
 

@@ -127,7 +127,7 @@ class _Search(BlockLoop):
     def _take(self, index: list[int]) -> None:
         """`index` are the rows that go on; those that branch are there more than once."""
         rows = torch.tensor(index, dtype=torch.long, device=self.payer.device)
-        for name in ("canvas", "lengths", "ends", "start", "post", "done", "snapshot", "remasks", "payer",  # of every decode
+        for name in ("canvas", "lengths", "ends", "start", "post", "done", "generated", "snapshot", "remasks", "payer",  # of every decode
                      "waiting", "noisy", "total", "count", "open", "begun", "before", "guess", "sure", "pending"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[rows])
@@ -163,16 +163,16 @@ class _Search(BlockLoop):
             super().step()
         self.waiting |= self.done
 
-    def _block(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> tuple[rules.Block, Tensor]:
+    def _block(self, live: Tensor, positions: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None) -> rules.Block:
         """As in `BlockLoop`, with sampled tokens for the masks of noisy rows. Edits are never noisy."""
-        block, positions = super()._block(live, logits, frozen, hidden_logits)
+        block = super()._block(live, positions, logits, frozen, hidden_logits)
         noisy = self.noisy[live][:, None] & block.hidden
         if noisy.any():
             tokens, confidence = rules.choose(logits, self.search.temperature, self.generator)
             block.tokens, block.confidence = torch.where(noisy, tokens, block.tokens), torch.where(noisy, confidence, block.confidence)
         self.guess[live] = torch.where(block.hidden, block.tokens, block.current)
         self.sure[live] = torch.where(block.hidden, block.confidence, block.snapshot)
-        return block, positions
+        return block
 
     def _write(self, live: Tensor, logits: Tensor, frozen: Tensor, hidden_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As in `BlockLoop`; where every write is a branch, what was read is left to `_branch_by_pair`."""
@@ -180,6 +180,7 @@ class _Search(BlockLoop):
             return super()._write(live, logits, frozen, hidden_logits)
         masked = (self.canvas[live].gather(1, self.reader.positions(self.start[live], self.size)) == self.mask_id).any(-1)
         self._begin(live[masked], logits[masked])
+        self.post.index_add_(0, live, (~masked).long())
         return ~masked, torch.zeros_like(masked)
 
     def _begin(self, rows: Tensor, logits: Tensor) -> None:

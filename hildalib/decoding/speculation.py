@@ -14,7 +14,7 @@ from hildalib.decoding.reader import Reader
 
 
 class _Speculation:
-    """State of one batch; a row either drafts the masks of its block or verifies it and drafts the next one, each in one forward."""
+    """State of one batch; each forward verifies the drafted block of a row and drafts the next one."""
 
     def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, size: int, max_new_tokens: int):
         self.size, self.mask_id = size, model.config.hilda["mask_token_id"]
@@ -24,13 +24,13 @@ class _Speculation:
         self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
         self.reader = Reader(model, self.canvas, size)
         self.start, self.sure = lengths // size * size, lengths.clone()  # the open block; positions before `sure` are verified
+        self.generated = self.reader.columns[:slots] >= lengths[:, None]
         self.live = torch.arange(len(prompt_ids), device=device)
 
     def _finished(self, rows: Tensor, before: Tensor) -> Tensor:
         """(b,) True = all that was asked for, or an EOS, stands among the verified tokens before `before`."""
-        column = torch.arange(self.canvas.shape[1], device=before.device)
-        generated = (column >= self.lengths[rows][:, None]) & (column < before[:, None])
-        return (before >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.eos) & generated).any(-1)
+        verified = self.reader.columns[:self.canvas.shape[1]] < before[:, None]
+        return (before >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.eos) & verified & self.generated[rows]).any(-1)
 
     def _draft(self, rows: Tensor, logits: Tensor) -> None:
         """Masks of the open blocks of `rows` get the argmax of aligned logits (b, K, V)."""
@@ -39,28 +39,30 @@ class _Speculation:
         self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, logits.argmax(-1), ids))
 
     def _verify(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written stay; that one becomes its
-        choice, the rest masks. Returns (b,) True = all of the block stayed."""
+        """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written stay; from there on stands what
+        it would have written after this draft: right at that place, a new draft behind it. Returns (b,) True = all of the block stayed."""
         positions = self.reader.positions(self.start[rows], self.size)
         ids, own = self.canvas[rows].gather(1, positions), logits.argmax(-1)
-        kept = ((ids == own) | (positions < self.sure[rows][:, None])).long().cumprod(-1)
-        count = kept.sum(-1)
-        column = torch.arange(self.size, device=ids.device)
-        ids = torch.where(column < count[:, None], ids, torch.where(column == count[:, None], own, self.mask_id))
-        self.canvas[rows] = self.canvas[rows].scatter(1, positions, ids)
+        count = ((ids == own) | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
+        kept = self.reader.columns[:self.size] < count[:, None]
+        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(kept, ids, own))
         self.sure[rows] = self.start[rows] + (count + 1).clamp(max=self.size)
         return count == self.size
 
+    def begin(self) -> None:
+        """The first forward: drafts the open blocks."""
+        rows = self.live
+        none = torch.zeros_like(rows, dtype=torch.bool)
+        read = self.reader.read(self.canvas, self.start, rows, none, none, none)
+        self._draft(rows, self.reader.align(read.own, self.reader.carry))
+        self.reader.advance(none, read.last)
+
     def step(self) -> None:
-        """One forward of every live row."""
+        """One forward of every live row: verifies its block and drafts the next one."""
         live, reader = self.live, self.reader
-        drafted = (self.canvas[live].gather(1, reader.positions(self.start[live], self.size)) != self.mask_id).all(-1)
-        read = reader.read(self.canvas[live], self.start[live], live, drafted, drafted, torch.zeros_like(drafted), verify=True)
-        if (~drafted).any():
-            self._draft(live[~drafted], reader.align(read.own, reader.carry)[~drafted])
-        closed = torch.zeros_like(drafted)
-        if drafted.any():
-            closed[drafted] = self._verify(live[drafted], reader.align(read.copy, reader.carry)[drafted])
+        whole = torch.ones_like(live, dtype=torch.bool)
+        read = reader.read(self.canvas[live], self.start[live], live, whole, whole, ~whole, verify=True)
+        closed = self._verify(live, reader.align(read.copy, reader.carry))
         reader.advance(closed, read.last)
         self.start[live[closed]] += self.size
         done = self._finished(live, self.sure[live])
@@ -76,9 +78,10 @@ class _Speculation:
 def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None) -> Decoded:
     """The text of `ar_decode`, token for token (up to ties in floating point), in fewer forwards; arguments and result as in `edit_decode`.
 
-    A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the first
-    wrong token is replaced by the AR mode's own and one more forward drafts what stands behind it. So a block costs 1 forward, and
-    2 more for each rejection. Raises HildaError for a model without a causal context, whose AR mode is not what commits a block.
+    A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the AR mode's
+    own choices take the place of the first wrong token and of all behind it, as in Jacobi decoding (arXiv 2305.10427), and the next
+    forward verifies those. So a block costs 1 forward and 1 more for each rejection, K + 1 at most. Raises HildaError for a model
+    without a causal context, whose AR mode is not what commits a block.
     """
     record = getattr(model.config, "hilda", None) or {}
     size = record.get("block_size") or 0
@@ -87,6 +90,7 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
     lengths = left_padded(prompt_ids, attention_mask)
     check_context(model, int(lengths.max()) + max_new_tokens)
     state = _Speculation(model, prompt_ids, lengths, size, max_new_tokens)
+    state.begin()
     while len(state.live):
         state.step()
     return Decoded(completion(state.canvas, lengths, max_new_tokens, state.eos), state.reader.forwards, state.reader.fed)

@@ -1,0 +1,162 @@
+"""One cached forward of a decode: the logits of the rows that are asked for.
+
+A plain Llama, Qwen2 or Qwen3 goes in straight lines: the numbers of Transformers' modules, without what decoding a small model mostly pays
+for: calls of modules, keys repeated for grouped heads, masks converted in each layer, rows that nobody asked for. Any other model (gated, with
+adapters, of another family) runs its own forward. Entry point: `Forward`.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hildalib import attention
+from hildalib.decoding.cache import BlockCache
+from hildalib.gated import is_gated, noisy_rows
+from hildalib.layout import selected_rows
+
+STRAIGHT = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # classes of Transformers whose decoder is the one below
+
+
+def is_straight(model) -> bool:
+    """Whether `model` is a decoder as `Forward` writes it: of one of these classes, in evaluation, on one device, with SDPA over all positions."""
+    config, name = model.config, type(model)
+    return (name.__name__ in STRAIGHT and name.__module__.startswith("transformers.") and not model.training and not is_gated(model)
+            and not hasattr(model, "_hf_hook")  # Accelerate's, which fetches weights from other devices
+            and config._attn_implementation in ("sdpa", attention.TILED) and {*(getattr(config, "layer_types", None) or [])} <= {"full_attention"})
+
+
+class Forward:
+    """The model as a function of ids (b, Q) long, positions (b, Q) long, mask (b, 1, Q, slots) bool (True = may attend; None: all
+    slots in use) and a `BlockCache` that knows the slots.
+
+    Returns (n, V) logits of the rows wanted (n,) of the flattened (b Q), None for all of them. real (b, Q) bool: rows that are there for
+    their own sake; the others only fill up the batch, and are not wanted or not asked. asked (n,) bool: the wanted rows whose logits
+    matter, all of them real; the others may come out as zeros. noisy (b, Q) bool: rows on which the adapters of a gated model act.
+    carried (b, n, D): added to the embeddings of the first n columns.
+    """
+
+    def __init__(self, model):
+        self.model, self.straight = model, is_straight(model)
+        if self.straight:
+            self.rotary, self.turns = model.model.rotary_emb, None
+            self.layers = [_layer(layer) for layer in model.model.layers]
+            self.norm, self.head = _norm(model.model.norm), _function(model.lm_head)
+
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
+                 asked: Tensor | None = None, noisy: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+        if self.straight:
+            return self._straight(ids, positions, mask, cache, wanted, real, asked, carried)
+        wanted = torch.arange(ids.numel(), device=ids.device) if wanted is None else wanted
+        with selected_rows(self.model, wanted), noisy_rows(self.model, noisy):
+            source = {"input_ids": ids} if carried is None else {"inputs_embeds": self._embedded(ids, carried)}
+            return self.model(**source, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
+
+    def _straight(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, real: Tensor | None,
+                  asked: Tensor | None, carried: Tensor | None) -> Tensor:
+        """Rows are packed: the real ones outside attention, the asked ones in the last layer once the keys are written."""
+        shape, slots, turns, rows, packed = ids.shape, cache.index, positions.flatten(), None, wanted
+        x = self._embedded(ids, carried).flatten(0, 1)
+        if asked is not None:
+            packed = asked.nonzero()[:, 0] if wanted is None else wanted[asked]
+        ends = packed
+        if real is not None:
+            rows, packed = real.flatten().nonzero()[:, 0], (real.flatten().cumsum(0) - 1)[ends]
+            x, turns, slots = x[rows], turns[rows], slots[rows]
+        cos, sin = self._turns(x, turns, cache.slots)
+        bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+        for number, layer in enumerate(self.layers):
+            count, h = x.shape[0], layer.norm(x)
+            keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)
+            keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
+            if number == len(self.layers) - 1 and packed is not None:
+                x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
+            queries = _rotate(layer.norm_q(layer.q(h).view(count, -1, layer.width)), cos, sin)
+            read = _attend(_spread(queries, rows, shape), keys, values, bias).transpose(1, 2).reshape(shape.numel(), -1)
+            x = layer.o(read if rows is None else read[rows]).add_(x)
+            h = layer.norm_after(x)
+            x = layer.down(layer.act(layer.gate(h)).mul_(layer.up(h))).add_(x)
+        logits = self.head(self.norm(x))
+        if asked is None:
+            return logits
+        return logits.new_zeros(asked.shape[0], logits.shape[1]).index_put_((asked,), logits)
+
+    def _embedded(self, ids: Tensor, carried: Tensor | None) -> Tensor:
+        """(b, Q, D) input embeddings of ids (b, Q), `carried` (b, n, D) added to the first n."""
+        embeds = self.model.get_input_embeddings()(ids)
+        return embeds if carried is None else embeds + F.pad(carried, (0, 0, 0, ids.shape[1] - carried.shape[1])).to(embeds.dtype)
+
+    def _turns(self, x: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n, 1, D) of positions (n,); the sine carries the sign of the half that is turned. Looked up, but where the rotation
+        of a position depends on the length of the text."""
+        if self.turns is None or len(self.turns) < slots:
+            varies = getattr(self.rotary, "rope_type", "default") in ("dynamic", "longrope")
+            at = positions[None] if varies else torch.arange(slots, device=x.device)[None]
+            cos, sin = (table[0, :, None] for table in self.rotary(x, at))
+            left, right = sin.chunk(2, -1)
+            turns = torch.stack([cos, torch.cat([-left, right], -1)], 1)
+            if varies:
+                return turns.unbind(1)
+            self.turns = turns
+        return self.turns[positions].unbind(1)
+
+
+def _layer(layer) -> SimpleNamespace:
+    """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
+    at, mlp = layer.self_attn, layer.mlp
+    parts = {"q": at.q_proj, "k": at.k_proj, "v": at.v_proj, "o": at.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    return SimpleNamespace(width=at.head_dim, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
+                           norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
+                           norm_k=_norm(getattr(at, "k_norm", None)), **{name: _function(part) for name, part in parts.items()})
+
+
+def _function(module):
+    """A linear layer that is just that, as a matmul (which takes half the time of F.linear at a row or two); anything else (quantised, with an
+    adapter or a hook) as it is."""
+    if type(module) is not torch.nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return module
+    bias, weight = module.bias, module.weight.t()
+    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+
+
+def _activation(module):
+    """SiLU in place, for what goes in is needed no more; another activation as it is."""
+    return partial(F.silu, inplace=True) if type(module).__name__ in ("SiLU", "SiLUActivation") else module
+
+
+def _norm(module):
+    """RMSNorm as Transformers computes it; None: nothing is normed."""
+    if module is None:
+        return lambda x: x
+    weight, epsilon = module.weight, module.variance_epsilon
+    if weight.dtype == torch.float32:  # the same operations in one call; in less precision it would round once where Transformers does twice
+        return lambda x: torch.rms_norm(x, weight.shape, weight, epsilon)
+    return partial(_rms, weight=weight, epsilon=epsilon)
+
+
+def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    scale = (wide * wide).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x (N, heads, D); sin carries the sign of the half that is turned."""
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+
+def _spread(part: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """(b, heads, Q, D) of part (N, heads, D), which are the `rows` (N,) of the flattened (b Q), or all of them."""
+    if rows is not None:
+        part = part.new_zeros(shape.numel(), *part.shape[1:]).index_copy_(0, rows, part)
+    return part.view(*shape, *part.shape[1:]).transpose(1, 2)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """SDPA, queries (b, H, Q, D) over as many key heads or fewer; only on the CPU does a fused kernel take a mask and shared keys at once."""
+    groups = queries.shape[1] // keys.shape[1]
+    if groups > 1 and queries.device.type != "cpu":
+        keys, values, groups = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, enable_gqa=groups > 1)
