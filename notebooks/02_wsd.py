@@ -324,7 +324,7 @@ print(summary.round(3).to_string(index=False))
 #
 # What is sure:
 #
-# - **Full-sequence diffusion forgets.** As the only stage it leaves 1 to 2 % of answers right (-68 points [-97, -39]), and half of the last rung given to it, LLaDA2.0's *stable* stage, costs 35 points [-51, -20] and 0.055 nats of next-token loss at this budget. It was published for budgets a million times larger.
+# - **Full-sequence diffusion forgets.** As the only stage it leaves 1 to 2 % of answers right (-68 points [-97, -39]), and half of the last rung given to it, LLaDA2.0's *stable* stage, costs 35 points [-51, -20] and 0.055 nats of next-token loss at this budget. It was made for far larger budgets.
 # - **Unshifted labels start from nothing** (-59 points [-76, -43]): the parent's head predicts the next token, and 400 steps do not teach it to predict the same one.
 # - **The next-token term on the causal half keeps the AR mode**: without it that loss is 0.095 nats worse [0.051, 0.138].
 # - **T2T costs a little next-token loss** (0.015 nats [0.006, 0.024] better without it). But the compute it takes is well spent: more steps without it are 27 points worse [-53, -1].
