@@ -194,8 +194,8 @@ def verdicts(table: pd.DataFrame, *, reference: str) -> Figure:
             if abs(row.difference) > edge:
                 side = np.sign(row.difference)
                 ax.plot(side * edge, y, ">" if side > 0 else "<", color=colour, markersize=6, clip_on=False)
-                ax.annotate(f"{row.difference:+.2g}", (side * edge, y), xytext=(-7 * side, 0), textcoords="offset points", fontsize=7, color=colour,
-                            va="center", ha="right" if side > 0 else "left")
+                ax.annotate(f"{row.difference:+.2g}", (side * edge, y), xytext=(-2 * side, 4), textcoords="offset points", fontsize=7, color=colour,
+                            va="bottom", ha="right" if side > 0 else "left")
             else:
                 ax.plot(row.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if good or bad else "white")
         ax.set_xlim(-edge, edge)

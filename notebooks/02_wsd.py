@@ -318,8 +318,21 @@ print(summary.round(3).to_string(index=False))
 # %% [markdown]
 # ## What we learned
 #
-# In three runs of profile nano 400 steps of conversion cost the model 0.035 nats of its next-token loss (0.454 to 0.489), where the twin went to 0.460: most of the parent is still there. Profile recipes asks what that is owed to.
+# The conversion starts at the parent's own loss and leaves it only when blocks grow. In three runs of profile nano 400 steps cost the model 0.035 nats of its next-token loss (0.454 to 0.489), where the twin went to 0.460: most of the parent is still there.
 #
-# The conversion starts at the parent's own loss and leaves it only when blocks grow. Read the last table row by row: how much next-token loss the diffusion arms gave up, and what the twin gained in the same steps. Whether the parts of the recipe pay is decided by answers at equal tokens per forward, above and in notebook 05, not by these losses.
+# Profile recipes asks what that is owed to: 17 arms beside the same dLLM, three seeds each, every arm one idea away (figures/recipes/02_questions). Differences are *arm minus dLLM*: accuracy at equal tokens per forward, right after conversion, with its 95 % interval over seeds.
+#
+# What is sure:
+#
+# - **Full-sequence diffusion forgets.** As the only stage it leaves 1 to 2 % of answers right (-68 points [-97, -39]), and half of the last rung given to it, LLaDA2.0's *stable* stage, costs 35 points [-51, -20] and 0.055 nats of next-token loss at this budget. It was made for far larger budgets.
+# - **Unshifted labels start from nothing** (-59 points [-76, -43]): the parent's head predicts the next token, and 400 steps do not teach it to predict the same one.
+# - **The next-token term on the causal half keeps the AR mode**: without it that loss is 0.095 nats worse [0.051, 0.138].
+# - **T2T costs a little next-token loss** (0.015 nats [0.006, 0.024] better without it). But the compute it takes is well spent: more steps without it are 27 points worse [-53, -1].
+#
+# What three seeds do not settle: block-causal instead of causal context (-18 points [-46, +11]), direct conversion to the working size (-9 [-21, +3]), hard labels for the same compute instead of the parent's distribution (-3 [-33, +28]), complementary masks (+5 [-8, +17]), rows at block size 1 (+1 [-28, +30]), the mean of the best checkpoints (-0.3 [-3, +2]), noise on the mask's embedding, the keep loss, suffix masks and random instead of own drafts (7 to 23 points worse in the mean, intervals of 34 to 56 points to either side). No gain is claimed for any of them.
+#
+# Losses and answers disagree once: adapters that act on noisy rows over the frozen parent have the *lower* masked loss in every seed (-0.057 nats [-0.080, -0.034]) and keep the parent's next-token loss exactly, but answered 54, 31 points fewer prompts in two seeds and 3.5 more in the third (best setting of each). A masked loss is taken beside a clean context; decoding has to live with what it wrote.
+#
+# Fifty-one comparisons at 95 % are expected to be wrong two or three times. The first three findings are many intervals away from zero; the last one is not.
 #
 # Next: [03 · Supervised fine-tuning](03_sft.ipynb).

@@ -57,6 +57,7 @@ def contents(folder):
     return found
 
 
+@pytest.mark.timeout(300 * (KILLS + 3))
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="SIGKILL is a POSIX signal")
 def test_killed_at_random_points_the_book_ends_with_the_same_bytes(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
