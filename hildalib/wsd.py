@@ -83,7 +83,7 @@ class BlockSchedule:
     def check(self, length: int, group: int = 1) -> "BlockSchedule":
         """Itself, or a HildaError naming the first size that, in groups of that many blocks, does not divide the row length L."""
         for size, steps in self.rungs():
-            if steps and 1 < size < length and length % (size * group):
+            if steps and group > 1 and 1 < size < length and length % (size * group):
                 raise HildaError(f"block schedule: groups of {group} blocks of {size} do not divide length {length}; change `length`, `pipeline` or the rung")
             if steps and length % size:
                 raise HildaError(f"block schedule: block size {size} does not divide length {length}; "

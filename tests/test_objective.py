@@ -41,7 +41,7 @@ def test_parts_with_the_counts_of_the_whole_add_up_to_the_whole(weighting):
 
 
 def test_unknown_weighting_is_refused():
-    with pytest.raises(HildaError, match="'2/t' is unknown; use '1/t' or 'mean'"):
+    with pytest.raises(HildaError, match="'2/t' is unknown; use '1/t', 'mean' or 'context'"):
         combine(LOSS, by_hand(), weighting="2/t")
 
 

@@ -73,7 +73,7 @@ class Forward:
             keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
             if number == len(self.layers) - 1 and packed is not None:
                 x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
-            queries = _rotate(layer.norm_q(layer.q(h).view(count, -1, layer.width)), cos, sin)
+            queries = _rotate(layer.norm_q(layer.q(h).view(count, layer.heads, layer.width)), cos, sin)
             read = _attend(_spread(queries, rows, shape), keys, values, bias).transpose(1, 2).reshape(shape.numel(), -1)
             x = layer.o(read if rows is None else read[rows]).add_(x)
             h = layer.norm_after(x)
@@ -107,7 +107,7 @@ def _layer(layer) -> SimpleNamespace:
     """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
     at, mlp = layer.self_attn, layer.mlp
     parts = {"q": at.q_proj, "k": at.k_proj, "v": at.v_proj, "o": at.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-    return SimpleNamespace(width=at.head_dim, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
+    return SimpleNamespace(width=at.head_dim, heads=at.config.num_attention_heads, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
                            norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
                            norm_k=_norm(getattr(at, "k_norm", None)), **{name: _function(part) for name, part in parts.items()})
 
