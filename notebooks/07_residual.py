@@ -260,6 +260,13 @@ artefacts.write_metrics({"steps": steps, "rows": steps * recipe.global_batch, "c
 # %% [markdown]
 # ## What we learned
 #
-# To be measured.
+# One run of profile nano so far (seed 1; two more are needed before anything is claimed). After the same 200 further steps:
+#
+# - With and without a residual answers are right equally often: on test prompts, at some three tokens a forward, 95.6 % [93.4, 97.1] and 94.8 % [92.5, 96.4] (500 items); over all thresholds, at equal tokens per forward, the residual loses 1.2 points on validation prompts.
+# - Its training costs 13.5 forward passes a row where the control costs 10.5.
+# - Taking the residual away from the model that was trained with it changes nothing (95.0 %): the model has learned to live with it, not from it. Giving it to a model that was not trained for it costs 7 points (87.8 %); iteration smoothing, which needs no training, costs nothing and brings nothing (95.2 %).
+# - A second look, at the same masks, with what the first look expected, lowers the loss by 0.003 nats where all is masked: there is little to be carried where a block is written in two or three forwards.
+#
+# RCD was published for models that write a block in many forwards, one or two tokens in each. Here most blocks are done before there is anything to remember.
 #
 # Back to [05 · Benchmarks](05_benchmarks.ipynb).
