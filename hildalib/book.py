@@ -23,7 +23,8 @@ from hildalib import HildaError, params, paths, stamps
 from hildalib.progress import Progress, duration
 
 CHAIN: dict[str, tuple[str, ...]] = {
-    "01_data": (), "02_wsd": ("01_data",), "03_sft": ("02_wsd",), "04_decode": ("03_sft",), "05_benchmarks": ("03_sft", "04_decode")}
+    "01_data": (), "02_wsd": ("01_data",), "03_sft": ("02_wsd",), "04_decode": ("03_sft",), "05_benchmarks": ("03_sft", "04_decode"),
+    "06_rl": ("02_wsd", "03_sft")}
 PROMISED = ("metrics.json",)  # what every notebook writes into its output folder
 
 

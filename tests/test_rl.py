@@ -212,6 +212,18 @@ def short_run(folder, steps=6, **changes):
 STABLE = ["step", "reward", "loss", "grad_norm", "entropy", "log_ratio_std", "forwards", "learn_positions"]
 
 
+def test_the_learning_rate_falls_on_a_line_from_lr_to_its_end():
+    model, tokenizer = tiny(1, sharpen=2.0)
+    for end, expected in ((1.0, [2.0, 2.0, 2.0, 2.0]), (0.0, [2.0, 1.5, 1.0, 0.5])):
+        recipe = RLRecipe("wd1", steps=4, prompts=1, group=4, lr=2.0, lr_end=end)
+        run = trainer._Run(model, tokenizer, task_of(lambda text: text.count("1") / (len(text) + 1)), [{"prompt": "1"}], recipe, SETTINGS, False)
+        run.optimizer.step, found = lambda: None, []
+        for _ in range(4):
+            run.advance()
+            found.append(run.optimizer.param_groups[0]["lr"])
+        assert found == pytest.approx(expected)
+
+
 def test_a_run_repeats_and_a_finished_one_is_loaded(tmp_path):
     first, log = short_run(tmp_path / "a")
     again, other = short_run(tmp_path / "b"), short_run(tmp_path / "c", seed=1)

@@ -234,25 +234,38 @@ def _random_order(table: Tensor, rank: Tensor, scored: Tensor, n: Tensor, size: 
 
 
 @torch.no_grad()
-def audit(model, rollout: Rollout, samples: tuple[int, ...] = (2, 4, 8), draws: int = 50, generator: torch.Generator | None = None) -> pd.DataFrame:
+def audit(model, rollout: Rollout, samples: tuple[int, ...] = (2, 4, 8), draws: int = 50, generator: torch.Generator | None = None,
+          other=None) -> pd.DataFrame:
     """Estimators against enumeration: one row an estimator and number of noisy copies, averaged over the rows of the rollout.
 
-    Columns in nats: elbo_error and likelihood_error, the mean estimate less the exact ELBO or log-likelihood; noise, the
-    standard error of that mean over the draws; std, of one estimate. copies: noisy copies a row in the one forward, the cost.
+    Columns in nats: elbo_error and likelihood_error, the mean estimate less the exact ELBO or log-likelihood; bias, less what the
+    estimator stands for: the exact ELBO, for a trajectory all its rounds; noise, the standard error of that mean over the draws;
+    std, of one estimate. copies: noisy copies a row in the one forward, the cost. other: a second policy; adds ratio_std, the std
+    over draws of the log-ratio of the two under the same states, and ratio_std_fresh, with states drawn for each.
     """
     elbo, likelihood = exact(model, rollout)
 
-    def row(name: str, build, count: int) -> dict:
-        def estimate() -> Tensor:
-            states = build()
-            return (token_logp(model, states)[0].cpu() * states.weight).sum((1, 2)).double()
-        found = torch.stack([estimate() for _ in range(count)])  # (draws, B)
+    def values(policy, states: States) -> Tensor:
+        return (token_logp(policy, states)[0].cpu() * states.weight).sum((1, 2)).double()
+
+    def row(name: str, build, count: int, target: Tensor = elbo) -> dict:
+        drawn = [build() for _ in range(count)]
+        found = torch.stack([values(model, states) for states in drawn])  # (draws, B)
         std = found.std(0, correction=int(count > 1))
-        return {"estimator": name, "copies": build().noisy.shape[1], "elbo_error": (found.mean(0) - elbo).mean().item(),
-                "likelihood_error": (found.mean(0) - likelihood).mean().item(), "std": std.mean().item(),
-                "noise": (std.square().mean() / count / len(elbo)).sqrt().item()}
+        result = {"estimator": name, "copies": drawn[0].noisy.shape[1], "elbo_error": (found.mean(0) - elbo).mean().item(),
+                  "likelihood_error": (found.mean(0) - likelihood).mean().item(), "bias": (found.mean(0) - target).mean().item(),
+                  "std": std.mean().item(), "noise": (std.square().mean() / count / len(elbo)).sqrt().item()}
+        if other is not None:
+            second = torch.stack([values(other, states) for states in drawn])
+            result["ratio_std"] = (found - second).std(0, correction=int(count > 1)).mean().item()
+            result["ratio_std_fresh"] = (std.square() + second.var(0, correction=int(count > 1))).sqrt().mean().item()
+        return result
 
     rows = [row("mean field", lambda: mean_field(rollout), 1)]
     for scheme in SCHEMES:
         rows += [row(scheme, lambda: elbo_states(rollout, count, scheme, generator), draws) for count in samples]
+    for edits in (False, True):
+        whole = values(model, trajectory(rollout, edits=edits))
+        rows += [row("trajectory" + " with edits" * edits, lambda: trajectory(rollout, edits=edits, samples=count, generator=generator), draws, whole)
+                 for count in samples]
     return pd.DataFrame(rows)

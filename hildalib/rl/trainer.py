@@ -67,6 +67,7 @@ METHODS = {
     "AGRPO": Method(_trajectory(edits=False), objectives.agrpo),
     "AGRPO with edits": Method(_trajectory(edits=True), objectives.agrpo),
     "REINFORCE": Method(_elbo("balanced"), objectives.reinforce),
+    "SFT on successes": Method(_elbo("balanced"), objectives.imitation),
     "AR GRPO": Method(_mean_field, objectives.grpo),  # for block size 1, where the mean field is exact
 }
 
@@ -76,7 +77,8 @@ class RLRecipe:
     """Every choice of an RL run. prompts x group completions a step (wd1++: 64), `updates` gradient steps on each (mu; the ratio
     moves only from the second on). samples: noisy copies of an ELBO, or rounds of a block that a trajectory scores. Prompts are
     revisited pass by pass: with ever-new ones a public small-scale reproduction of d1 did not learn. micro_batch: rows of a
-    forward with gradient; smaller ones give the same gradient for less memory and a third more time."""
+    forward with gradient; smaller ones give the same gradient for less memory and a third more time. lr_end: the share of lr that is
+    left at the end of a linear decay; 1 = constant, as published; with few and noisy steps 0 averages the last ones."""
 
     method: str = "wd1++"
     steps: int = 20  # wd1++'s published count
@@ -85,6 +87,7 @@ class RLRecipe:
     updates: int = 1
     samples: int = 4
     lr: float = 1e-4  # d1's 3e-6 is for 8 B parameters; ours, for a few million
+    lr_end: float = 1.0
     weight_decay: float = 0.01  # ESPO
     max_grad_norm: float = 0.2  # d1, wd1, ESPO
     micro_batch: int = 64
@@ -199,15 +202,20 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)  # betas: d1
         self.reference = copy.deepcopy(model).requires_grad_(False) if self.method.reference else None
 
-    def advance(self) -> dict:
-        """One step; returns its log row."""
-        recipe, wall, cpu = self.recipe, time.perf_counter(), time.process_time()
+    def roll(self) -> tuple[Rollout, list[dict], Tensor, Tensor]:
+        """The completions of the present step with their items, rewards and groups."""
+        recipe = self.recipe
         items = [item for item in prompts_of(self.step, recipe, self.pool) for _ in range(recipe.group)]
         ids, real = _encode(self.tokenizer, self.task, items, self.chat, self.eos[0])
         rollout = sample(self.model, ids.to(self.model.device), self.settings, attention_mask=real.to(self.model.device),
                          generator=_generator(recipe.seed, self.step, 1))
         rewards = score(rollout.ids, self.tokenizer, self.task, items)
-        groups = torch.arange(recipe.prompts).repeat_interleave(recipe.group)
+        return rollout, items, rewards, torch.arange(recipe.prompts).repeat_interleave(recipe.group)
+
+    def advance(self) -> dict:
+        """One step; returns its log row."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        rollout, items, rewards, groups = self.roll()
         row = {"step": self.step + 1, "reward": rewards.mean().item(), "equal_groups": 1 - objectives.informative(rewards, groups).float().mean().item(),
                "tokens": rollout.scored.sum(1).float().mean().item(), "confidence": rollout.confidence[rollout.written].mean().item(),
                "edits": rollout.edits.float().mean().item(), "forwards": rollout.forwards.sum().item(), "positions": rollout.positions_fed.sum().item()}
@@ -245,6 +253,7 @@ class _Run:
             cost = {"learn_forwards": cost["learn_forwards"] + passes * len(batch.states.x0),
                     "learn_positions": cost["learn_positions"] + passes * batch.states.positions}
         for batch in batches:
+            self.optimizer.param_groups[0]["lr"] = self.recipe.lr * (1 + (self.recipe.lr_end - 1) * self.step / self.recipe.steps)
             self.optimizer.zero_grad()
             statistics = policy_gradient(self.model, batch.states, partial(batch.loss, self.method.objective), micro)
             statistics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm).item()
