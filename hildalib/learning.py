@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hildalib.style import FAINT, GREY, OKABE, TWIN, colours, end_labels, need, styled
+from hildalib.style import FAINT, GREY, OKABE, colours, end_labels, need, styled
 
 X_NAMES = {"step": "RL steps", "cpu_seconds": "CPU-seconds", "rollouts": "rollouts"}
 
@@ -54,31 +54,45 @@ def prompts(rates: np.ndarray, group: int) -> Figure:
     return fig
 
 
+def _means(table: pd.DataFrame, x: str) -> dict[str, pd.DataFrame]:
+    """arm -> its mean over seeds at each evaluation: columns step, `x`, accuracy."""
+    columns = ["accuracy"] if x == "step" else [x, "accuracy"]
+    return {name: part.groupby("step")[columns].mean().reset_index() for name, part in table.groupby("arm", sort=False)}
+
+
 @styled
-def curves(table: pd.DataFrame, *, x: str = "step") -> Figure:
-    """Held-out accuracy against `x` (step, cpu_seconds or rollouts), a panel a method: its seeds thin, their mean thick, all other
-    methods' means in grey behind. Columns: arm, seed, step, accuracy and the one named by `x`. A method whose mean ends below
-    its start is drawn in vermillion."""
+def curves(table: pd.DataFrame, *, x: str = "step", apart: tuple[str, ...] = ()) -> Figure:
+    """Held-out accuracy against `x` (step, cpu_seconds or rollouts), a panel a method: its seeds thin, their mean thick, the means
+    of all others in grey behind. Columns: arm, seed, step, accuracy and the one named by `x`.
+
+    A method whose mean ends below its start is drawn in vermillion. apart: arms with another start (the AR twin): black, not in
+    the background of the others, on an axis of the same length around their own values.
+    """
     need(table, "curves", "arm", "seed", "step", "accuracy", x)
-    means = {name: part.groupby("step")[[*dict.fromkeys([x, "accuracy"])]].mean().reset_index() if x != "step" else
-             part.groupby("step").accuracy.mean().reset_index() for name, part in table.groupby("arm", sort=False)}
+    means = _means(table, x)
     columns = min(len(means), 5)
     rows = -(-len(means) // columns)
-    fig, axes = plt.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, figsize=(2.1 * columns + 0.8, 1.9 * rows + 0.7))
+    fig, axes = plt.subplots(rows, columns, sharex=True, squeeze=False, figsize=(2.1 * columns + 0.8, 1.9 * rows + 0.7))
     for ax in axes.flat[len(means):]:
         ax.set_visible(False)
+    inside = table.accuracy[~table.arm.isin(apart)] if set(means) - set(apart) else table.accuracy
+    margin = max(0.06 * (inside.max() - inside.min()), 0.02)
+    low, high = inside.min() - margin, inside.max() + margin
     for ax, (name, mean) in zip(axes.flat, means.items()):
-        for other in means.values():
+        for other in [value for key, value in means.items() if key not in apart] if name not in apart else []:
             ax.plot(other[x], other.accuracy, color=FAINT, linewidth=0.8, zorder=1)
         lost = mean.accuracy.iloc[-1] < mean.accuracy.iloc[0]
-        colour = OKABE["vermillion"] if lost else "black" if TWIN in name else OKABE["blue"]
+        colour = OKABE["vermillion"] if lost else "black" if name in apart else OKABE["blue"]
         for _, part in table[table.arm == name].groupby("seed"):
             ax.plot(part[x], part.accuracy, color=colour, linewidth=0.7, alpha=0.6, zorder=2)
         ax.plot(mean[x], mean.accuracy, color=colour, linewidth=2.2, zorder=3)
+        own = table.accuracy[table.arm == name]
+        shift = (own.min() + own.max() - low - high) / 2 if name in apart else 0.0
+        ax.set_ylim(low + shift, high + shift)
         ax.set_title(f"{name}\n{100 * mean.accuracy.iloc[0]:.1f} → {100 * mean.accuracy.iloc[-1]:.1f} %", fontsize=8.5, color=colour)
         ax.grid(axis="y")
     fig.supxlabel(X_NAMES[x], fontsize=9)
-    fig.supylabel("held-out accuracy, decoded fast", fontsize=9)
+    fig.supylabel("held-out accuracy", fontsize=9)
     return fig
 
 

@@ -161,8 +161,6 @@ recipes = {method: rl.RLRecipe(method=method, **shared) for method in methods}
 logs, trained = {}, {}
 for method in methods:
     trained[method] = copy.deepcopy(starts[method])
-    if method == TWIN:  # its block is one token
-        trained[method].config.hilda = trained[method].config.hilda | {"block_size": 1}
     log = rl.train(trained[method], tokenizer, benchmark, pool, recipes[method], sampled(method),
                    folder / method, chat=chat, evaluate=held_out(method))
     print(f"{method:17} {log.accuracy.iloc[-1]:.3f}, {log.cpu_seconds.sum():.0f} CPU-seconds", flush=True)
@@ -183,15 +181,16 @@ def every_seed(name: str) -> pd.DataFrame:
 everyone = every_seed("curves.csv")
 origin |= {"seeds": ", ".join(map(str, sorted(everyone.seed.unique()))), "items": items, "lr": lr,
            "completions a step": f"{prompts} prompts x {group}"}
-figures.save(learning.curves(everyone), "06_steps", everyone, profile=profile, seed=seed, provenance=origin)
+figures.save(learning.curves(everyone, apart=(TWIN,)), "06_steps", everyone, profile=profile, seed=seed,
+             provenance=origin)
 plt.show()
 
 # %% [markdown]
 # The same runs against what they cost. CPU-seconds count sampling, scoring and learning, not the evaluations.
 
 # %%
-figures.save(learning.curves(everyone, x="cpu_seconds"), "06_cpu", everyone, profile=profile, seed=seed,
-             provenance=origin)
+figures.save(learning.curves(everyone, x="cpu_seconds", apart=(TWIN,)), "06_cpu", everyone, profile=profile,
+             seed=seed, provenance=origin)
 plt.show()
 
 # %% [markdown]

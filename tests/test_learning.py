@@ -49,6 +49,8 @@ def test_a_panel_a_method_and_a_fall_is_shown_as_a_fall():
         assert [ax.get_title(loc="left") for ax in panels] == ["up\n50.5 → 70.5 %", "down\n50.5 → 30.5 %"]
         assert [ax._left_title.get_color() for ax in panels] == [OKABE["blue"], OKABE["vermillion"]]
         assert all(len(ax.lines) == 2 + 2 + 1 for ax in panels)  # means of both, two seeds, own mean
+    up, down = learning.curves(table, apart=("down",)).axes
+    assert len(up.lines) == 1 + 2 + 1 and len(down.lines) == 2 + 1 and np.ptp(up.get_ylim()) == pytest.approx(np.ptp(down.get_ylim()))
     with pytest.raises(HildaError, match="column.s. rollouts"):
         learning.curves(table, x="rollouts")
 
@@ -59,7 +61,7 @@ def test_noise_of_a_gradient_is_variance_over_squared_mean_and_its_part_within_a
     mean[0] = 2.0
     between = 0.3 * torch.randn(200, 1, 400, generator=generator)
     found = noise.noise_of(mean + between + 0.1 * torch.randn(200, 2, 400, generator=generator))
-    assert found["noise"] == pytest.approx(10.0, rel=0.03) and found["mask_noise"] == pytest.approx(1.0, rel=0.03)
+    assert found["noise"] == pytest.approx(10.0, rel=0.1) and found["mask_noise"] == pytest.approx(1.0, rel=0.1)
     assert math.isnan(noise.noise_of(torch.tensor([[[1.0], [1.0]], [[-1.0], [-1.0]]]))["noise"])  # no common direction
 
 
@@ -100,7 +102,7 @@ def test_the_audit_of_trajectories_and_of_log_ratios():
     rollout = sample(model, torch.tensor([[5, 6, 7], [5, 9, 7]]), replace(SETTINGS, tau_mask=0.3, tau_edit=0.1, max_post_steps=3, max_new_tokens=9),
                      generator=torch.Generator().manual_seed(0))
     table = likelihood.audit(model, rollout, (2,), 40, torch.Generator().manual_seed(0), other=other).set_index("estimator")
-    assert (table["bias"].drop("mean field").abs() < 4 * table.noise.drop("mean field") + 1e-9).all()
+    assert (table["bias"].drop("mean field").abs() < 4 * table.noise.drop("mean field") + 1e-4).all()
     assert (table.ratio_std < table.ratio_std_fresh)[list(likelihood.SCHEMES)].all() and table.ratio_std["mean field"] == 0
     alone = likelihood.audit(model, rollout, (2,), 5, torch.Generator().manual_seed(0), other=model)
     assert alone.ratio_std.max() == 0

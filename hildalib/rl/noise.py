@@ -24,7 +24,8 @@ def gradient_noise(model, tokenizer, task, pool: list[dict], recipe: trainer.RLR
     """
     model.set_attn_implementation(TILED)  # as in training
     run, pairs = trainer._Run(model, tokenizer, task, pool, recipe, settings, chat), []
-    for run.step in range(batches):
+    for step in range(batches):
+        run.step = step
         sampled = run.roll()
         pair = [run._batch(*sampled, update) for update in range(2)]
         if None not in pair:
