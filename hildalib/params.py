@@ -162,10 +162,9 @@ class Benchmarks(Common):
 class Rl(Common):
     source: str = field("02_wsd", "notebook whose dLLM and AR twin are the start", choices=("02_wsd", "03_sft"))
     task: str = field("arithmetic", "task that gives prompts and rewards")
-    methods: list[str] = field(["wd1++", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits", "REINFORCE", "SFT on successes", "AR GRPO"],
-                               "what is compared, the default first; hildalib.rl.METHODS")
-    fast: list[float] = field([0.5, 1.0], "[tau_mask, tau_edit] of the rollouts and of the setting to improve", low=0)
-    slow: list[float] = field([0.9, 0.5], "[tau_mask, tau_edit] of the careful setting beside it", low=0)
+    methods: list[str] = field(["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits", "REINFORCE",
+                                "SFT on successes", "AR GRPO"], "what is compared, the default first; hildalib.rl.METHODS")
+    quota: int = field(2, "tokens that a forward of the rollouts, and of the setting to improve, writes: no more, no fewer", low=1)
     edit_rollouts: float = field(0.5, "tau_edit of the rollouts of AGRPO with edits and of the audit", low=0, high=1)
     max_new_tokens: int = field(24, "tokens of an answer", low=1)
     chat: bool = field(False, "wrap prompts in the chat template")
@@ -179,6 +178,7 @@ class Rl(Common):
     lr: float = field(1e-3, "learning rate of the first step, the same for all methods", low=0)
     lr_end: float = field(0.0, "share of it that is left at the end of a linear decay; 1 = constant", low=0, high=1)
     temperature: float = field(1.0, "of the rollouts", low=0)
+    partial_credit: bool = field(True, "reward the share of a worked response that is right; False: its answer alone")
     micro_batch: int = field(64, "rows of a forward with gradient", low=1)
     save_every: int = field(5, "steps between resumable checkpoints", low=1)
     eval_every: int = field(1, "steps between looks at the validation prompts", low=1)
