@@ -134,7 +134,7 @@ plt.show()
 # | method | likelihood of a completion | objective |
 # |---|---|---|
 # | wd1++ | each whole prediction of a block, at the state it was made in, scored on its own | softmax weights, praise and blame |
-# | wd1++ redrawn | the same states, sixteen predictions drawn anew of each (ours) | the same, each judged against the others of its state |
+# | wd1++ redrawn | the same states, sixteen predictions drawn anew of each; only the tokens that the quota would write (ours) | the same, each prediction judged against the others of its state |
 # | wd1 | one forward, the block masked completely | the same |
 # | ESPO | block ELBO, balanced pairs of masks | ratio of the sequence, k2 penalty |
 # | EBPO | block ELBO, stratified masks | clipped ratio of the sequence |

@@ -239,21 +239,29 @@ def _until_eos(rollout: Rollout, states: States, eos: list[int]) -> States:
 
 
 @torch.no_grad()
-def redrawn(model, rollout: Rollout, eos: list[int], draws: int, samples: int | None = None, generator: torch.Generator | None = None) -> States:
+def redrawn(model, rollout: Rollout, eos: list[int], draws: int, quota: int | None = None, samples: int | None = None,
+            generator: torch.Generator | None = None) -> States:
     """`denoising` with `draws` predictions of each state, all drawn anew from the probabilities that one forward gives (ours).
 
-    The forward is what costs; of a state that has it, many predictions tell which of its tokens were worth what.
+    The forward is what costs; of a state that has it, many predictions tell which of its tokens were worth what. quota: of each
+    prediction only its `quota` most confident tokens are scored, with weight 1: those that `Quota` would write. Scoring the rest too
+    makes a model sure of guesses that it would not yet have written, and confidence is what tells the decoder where to begin.
     """
-    states = denoising(rollout, eos, samples, generator)
-    masked = (states.noisy == rollout.mask_token_id) & _per_position(_block_sum(states.weight, rollout.block_size) > 0, rollout.block_size)
-    share = states.weight.unflatten(-1, (-1, rollout.block_size)).amax(-1)
-    states = replace(states, weight=_per_position(share, rollout.block_size) * masked)
-    labels = states.noisy[:, :, None].repeat(1, 1, draws, 1)
+    size, states = rollout.block_size, denoising(rollout, eos, samples, generator)
+    masked = (states.noisy == rollout.mask_token_id) & _per_position(_block_sum(states.weight, size) > 0, size)
+    states = replace(states, weight=_per_position(states.weight.unflatten(-1, (-1, size)).amax(-1), size) * masked)
+    labels, confidence = (value[:, :, None].repeat(1, 1, draws, 1) for value in (states.noisy, torch.full_like(states.weight, -1.0)))
     for rows, part in states.parts():
         logp, targets = _predictions(model, part)
         row, copy, position = targets.cpu().nonzero().T
-        labels[rows[row], copy, :, position] = torch.multinomial(logp.exp().cpu(), draws, replacement=True, generator=generator)
-    return _until_eos(rollout, replace(states, labels=labels.flatten(1, 2), weight=states.weight.repeat_interleave(draws, 1)), eos)
+        chance = logp.exp().cpu()
+        drawn = torch.multinomial(chance, draws, replacement=True, generator=generator)
+        labels[rows[row], copy, :, position], confidence[rows[row], copy, :, position] = drawn, chance.gather(1, drawn)
+    weight = states.weight[:, :, None].repeat(1, 1, draws, 1)
+    if quota:
+        order = confidence.unflatten(-1, (-1, size)).argsort(dim=-1, descending=True, stable=True).argsort(-1).flatten(-2)
+        weight = ((weight != 0) & (order < quota)).float()
+    return _until_eos(rollout, replace(states, labels=labels.flatten(1, 2), weight=weight.flatten(1, 2)), eos)
 
 
 @torch.no_grad()

@@ -230,7 +230,8 @@ class _Run:
         """The samples of one update, without the groups whose rewards are all equal; None where no other is left."""
         predictions, generator = self.method.predictions, _generator(self.recipe.seed, self.step, 2 + update)
         if self.method.draws:
-            states = redrawn(self.model, rollout, self.eos, self.method.draws, self.recipe.samples, generator)
+            quota = getattr(self.settings.commit, "tokens", None)
+            states = redrawn(self.model, rollout, self.eos, self.method.draws, quota, self.recipe.samples, generator)
         else:
             states = self.method.states(rollout, self.recipe.samples, self.eos, generator)
         owner, lengths = torch.arange(len(items)), rollout.scored.sum(1)
