@@ -158,6 +158,39 @@ class Benchmarks(Common):
     chat: bool = field(False, "wrap prompts in the chat template")
 
 
+@notebook("06_rl")
+class Rl(Common):
+    source: str = field("02_wsd", "notebook whose dLLM and AR twin are the start", choices=("02_wsd", "03_sft"))
+    task: str = field("arithmetic", "task that gives prompts and rewards")
+    methods: list[str] = field(["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits", "REINFORCE",
+                                "SFT on successes", "AR GRPO"], "what is compared, the default first; hildalib.rl.METHODS")
+    quota: int = field(2, "tokens that a forward of the rollouts, and of the setting to improve, writes: no more, no fewer", low=1)
+    edit_rollouts: float = field(0.5, "tau_edit of the rollouts of AGRPO with edits and of the audit", low=0, high=1)
+    max_new_tokens: int = field(24, "tokens of an answer", low=1)
+    chat: bool = field(False, "wrap prompts in the chat template")
+    draw: int = field(6, "training prompts whose success rate is measured", low=1)
+    draw_group: int = field(4, "completions a prompt for it", low=2)
+    steps: int = field(2, "RL steps a method", low=1)
+    prompts: int = field(2, "prompts a step", low=1)
+    group: int = field(4, "completions a prompt", low=2)
+    updates: int = field(1, "gradient steps on each batch", low=1)
+    samples: int = field(2, "noisy copies of an ELBO, rounds of a block that a trajectory scores; even", low=2)
+    lr: float = field(1e-3, "learning rate of the first step, the same for all methods", low=0)
+    lr_end: float = field(0.0, "share of it that is left at the end of a linear decay; 1 = constant", low=0, high=1)
+    temperature: float = field(1.0, "of the rollouts", low=0)
+    partial_credit: bool = field(True, "reward the share of a worked response that is right; False: its answer alone")
+    micro_batch: int = field(64, "rows of a forward with gradient", low=1)
+    save_every: int = field(5, "steps between resumable checkpoints", low=1)
+    eval_every: int = field(1, "steps between looks at the validation prompts", low=1)
+    items: int = field(8, "validation prompts", low=1)
+    test_items: int = field(8, "test prompts", low=1)
+    batch_size: int = field(64, "prompts decoded together", low=1)
+    noise_batches: int = field(2, "batches from which the noise of a gradient is estimated", low=2)
+    audit_prompts: int = field(2, "completions whose likelihood is enumerated", low=1)
+    audit_copies: list[int] = field([2, 4], "noisy copies of the audited estimators; even", low=2)
+    audit_draws: int = field(4, "draws of each", low=2)
+
+
 @notebook("07_residual")
 class Residual(Training, Common):
     steps: int = field(6, "optimiser steps of stage 2", low=1)

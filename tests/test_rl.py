@@ -11,14 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
-from tiny import EOS, tiny, weights
+from tiny import EOS, MASK, tiny, weights
 
-from hildalib import HildaError, rl, tasks
-from hildalib.decoding import EditSettings
+from hildalib import HildaError, attention, rl, tasks
+from hildalib.attention import TILED
+from hildalib.decoding import EditSettings, commit
 from hildalib.rl import METHODS, RLRecipe, likelihood, objectives, trainer
-from hildalib.rl.rollout import sample, score
+from hildalib.rl.rollout import graded, sample, score
 
 OBJECTIVES = {"wd1": objectives.wd1, "espo": objectives.espo, "ebpo": objectives.ebpo, "diffu_grpo": partial(objectives.diffu_grpo, beta=0.0),
               "agrpo": objectives.agrpo, "grpo": objectives.grpo, "reinforce": objectives.reinforce}
@@ -197,6 +199,88 @@ def test_every_method_solves_a_bandit_of_two_tokens(method, tmp_path):
     log = rl.train(model, tokenizer, task_of(lambda text: text[:2].count("7") / 2), [{"prompt": "1"}], recipe, settings, tmp_path)
     assert log.reward[0] < 0.5 and log.reward[-5:].mean() > 0.95
 
+# ---- what a method climbs, by enumeration -----------------------------------------------------------------------------------------
+
+def worth(text):
+    """A reward that is no sum over tokens; small, where softmax weights are linear in the advantage."""
+    return 0.05 * (7 * int("1" + text) % 11) / 11
+
+
+def small(size=2):
+    """A model with few tokens, and `look(canvas)`: (2, V) log-probabilities of the two answer tokens, by an uncached forward."""
+    model, tokenizer = tiny(1, block_size=size, sharpen=5.0, vocabulary="0123")
+    prompt = tokenizer("01")["input_ids"]
+
+    def look(*canvas):
+        ids = torch.tensor(prompt + list(canvas))
+        return reference._logits(model, ids, len(ids), attention.block_causal(len(ids), size))[2:].log_softmax(-1)
+
+    def reward(*ids):
+        cut = ids[:ids.index(EOS)] if EOS in ids else ids
+        return worth(tokenizer.decode(cut, skip_special_tokens=True))
+
+    return model, tokenizer, look, reward, [token for token in range(len(tokenizer)) if token != MASK]
+
+
+def estimated(method, model, tokenizer, settings, rows=6000):
+    """(parameters,) gradient that a method gives on one group of `rows` completions."""
+    model.set_attn_implementation(TILED)
+    run = trainer._Run(model, tokenizer, task_of(worth), [{"prompt": "01"}], RLRecipe(method, prompts=1, group=rows, micro_batch=rows), settings, False)
+    batch = run._batch(*run.roll(), 0)
+    trainer.policy_gradient(model, batch.states, partial(batch.loss, run.method.objective), rows)
+    model.set_attn_implementation("sdpa")
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def gradient_of(value, model):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(model.parameters()))])
+
+
+def same(found, expected):
+    return (found - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("method, scale", [("wd1", 2.0), ("wd1++", 2.0), ("AGRPO", 0.5)])
+def test_where_a_block_is_written_at_once_the_mean_gradient_is_that_of_the_expected_reward(method, scale):
+    """wd1's two softmaxes differ by 2 A / N; a mean over tokens halves where there are two. REINFORCE and its kin climb the ELBO instead."""
+    model, tokenizer, look, reward, tokens = small()
+    logp = look(MASK, MASK)
+    value = sum((logp[0, a] + logp[1, b]).exp() * reward(a, b) for a in tokens for b in tokens)
+    found = estimated(method, model, tokenizer, replace(SETTINGS, commit=commit.Quota(2)))
+    assert same(found, -scale * gradient_of(value, model))
+
+
+@pytest.mark.parametrize("method, rows", [("wd1++", 6000), ("wd1++ redrawn", 600)])
+def test_wd1pp_climbs_the_reward_of_whole_predictions_at_the_states_that_decoding_visits(method, rows):
+    """Two rounds of one token each: the first prediction with weight 1, the second, one mask of two, with weight 2; how likely the state
+    is carries no gradient. All 64 predictions of the first round are enumerated, each with the state that it leads to."""
+    model, tokenizer, look, reward, tokens = small()
+    logp = look(MASK, MASK)
+    value = second = 0.0
+    for a in tokens:
+        for b in tokens:
+            chance = (logp[0, a] + logp[1, b]).exp()
+            value = value + chance * reward(a, b)
+            first = bool(logp[0, a] >= logp[1, b])  # the more confident of the two is written
+            if first and a == EOS:
+                continue  # what comes after an EOS is not scored
+            then = look(a, MASK)[1] if first else look(MASK, b)[0]
+            second += chance.item()
+            value = value + 2 * chance.detach() * sum(then[c].exp() * (reward(a, c) if first else reward(c, b)) for c in tokens)
+    found = estimated(method, model, tokenizer, SETTINGS, rows)
+    if method == "wd1++ redrawn":  # its N leaves out states whose predictions earn the same, so only the direction is known
+        expected = -gradient_of(value, model)
+        assert torch.cosine_similarity(found, expected, 0) > 0.99
+        return
+    assert same(found, -2 / (1 + second) * gradient_of(value, model))  # 2 A / N again, N counting both samples of a row
+
+
+def test_a_graded_task_is_scored_by_its_partial_credit():
+    task, item = graded(tasks.load("arithmetic")), {"terms": [17, 25], "ops": ["+"]}
+    assert task.prompt(item) == "17+25=" and task.score("17+25=43;43", item) == 5 / 7
+    with pytest.raises(HildaError, match="task countdown has no partial credit"):
+        graded(tasks.load("countdown"))
+
 
 # ---- the loop -------------------------------------------------------------------------------------------------------------------
 
@@ -210,6 +294,18 @@ def short_run(folder, steps=6, **changes):
 
 
 STABLE = ["step", "reward", "loss", "grad_norm", "entropy", "log_ratio_std", "forwards", "learn_positions"]
+
+
+def test_the_learning_rate_falls_on_a_line_from_lr_to_its_end():
+    model, tokenizer = tiny(1, sharpen=2.0)
+    for end, expected in ((1.0, [2.0, 2.0, 2.0, 2.0]), (0.0, [2.0, 1.5, 1.0, 0.5])):
+        recipe = RLRecipe("wd1", steps=4, prompts=1, group=4, lr=2.0, lr_end=end)
+        run = trainer._Run(model, tokenizer, task_of(lambda text: text.count("1") / (len(text) + 1)), [{"prompt": "1"}], recipe, SETTINGS, False)
+        run.optimizer.step, found = lambda: None, []
+        for _ in range(4):
+            run.advance()
+            found.append(run.optimizer.param_groups[0]["lr"])
+        assert found == pytest.approx(expected)
 
 
 def test_a_run_repeats_and_a_finished_one_is_loaded(tmp_path):

@@ -114,6 +114,13 @@ def test_arithmetic_scores_the_final_answer_and_exact_the_whole(text, score, exa
     assert (arithmetic.score(text, item), arithmetic.exact(text, item)) == (score, exact)
 
 
+@pytest.mark.parametrize("text, right, of", [
+    ("17+25=42;42", 7, 7), (" 17+25=42;42\n", 7, 7), ("17+25=43;43", 5, 7), ("17+25=42", 5, 7), ("17+25=42;42;", 7, 8), ("7+25=42;42", 6, 7), ("42", 0, 7),
+    ("=17+25=42;42", 0, 8), ("", 0, 7), (None, 0, 7), ("9" * 1_000_000, 0, 7)])
+def test_arithmetic_parts_are_numbers_and_signs_in_their_places(text, right, of):
+    assert arithmetic.parts(text, {"terms": [17, 25], "ops": ["+"]}) == right / of
+
+
 def test_arithmetic_stays_in_its_range_and_each_step_is_true():
     for item in itertools.islice(arithmetic.stream(1), 500):
         *steps, answer = arithmetic.response(item).split(";")

@@ -1,11 +1,12 @@
 """How likely a completion is under a block-diffusion model: estimators, exact values for small blocks, and the audit.
 
-An estimator is a choice of `States`: noisy canvases, the tokens scored on each, and weights. One forward in the layout
-[noisy copies | clean] scores all blocks of all states (`token_logp`). Entry points: `mean_field`, `elbo_states`, `trajectory`,
+An estimator is a choice of `States`: noisy canvases, the tokens scored on each, and weights. A forward in the layout
+[noisy copies | clean] scores all blocks of its states (`token_logp`). Entry points: `mean_field`, `elbo_states`, `trajectory`,
 `denoising` (each Rollout -> States), `token_logp`, `exact` (enumeration), `audit`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import pandas as pd
@@ -23,9 +24,11 @@ SCHEMES = ("random", "stratified", "coupled", "balanced")
 @dataclass(frozen=True)
 class States:
     """C noisy copies of B rows over one clean copy: x0, docs (B, L) as in `Rollout`; noisy, labels (B, C, L) long; weight
-    (B, C, L) float, 0 = not scored. The log-likelihood that they stand for is the sum of weight * log p(labels | noisy), where a
+    (B, C, L) float, 0 = not scored; or J of both for each copy, (B, C * J, L) with copy c's at c * J to c * J + J - 1, which cost no
+    more forward than one. The log-likelihood that they stand for is the sum of weight * log p(labels | noisy), where a
     noisy block sees its own copy's block and the clean blocks before it. Comparing two policies means the same States for both:
-    a ratio under different masks is noise. temperature: of the softmax (1 but for trajectories, whose actions were sampled)."""
+    a ratio under different masks is noise. temperature: of the softmax (1 but for the decoder's own choices and predictions, which were
+    sampled)."""
 
     x0: Tensor
     docs: Tensor
@@ -41,26 +44,61 @@ class States:
         return replace(self, **{name: value[rows] for name, value in values.items() if torch.is_tensor(value)})
 
     @property
+    def draws(self) -> int:
+        """J, the labels of each copy."""
+        return self.labels.shape[1] // self.noisy.shape[1]
+
+    def parts(self) -> Iterator[tuple[Tensor, "States"]]:
+        """(rows, their States): rows whose last scored block is the same, cut after it and after the last copy that is scored. Nothing
+        that no score depends on is fed."""
+        size, scored = self.block_size, self.weight != 0
+        last = (scored.any(1) * torch.arange(scored.shape[-1], device=scored.device)).amax(1) // size
+        for block in last.unique().tolist():
+            rows, end = (last == block).nonzero()[:, 0], (block + 1) * size
+            part, used = self.take(rows), scored[rows].any(0).any(-1).nonzero()
+            copies = int(used.amax()) // self.draws + 1 if len(used) else 1
+            noisy, labels, weight = (value[:, :copies * many, :end] for value, many in ((part.noisy, 1), (part.labels, self.draws), (part.weight, self.draws)))
+            yield rows, replace(part, x0=part.x0[:, :end], docs=part.docs[:, :end], noisy=noisy, labels=labels, weight=weight)
+
+    @property
     def positions(self) -> int:
-        """Positions that one forward of all rows feeds."""
-        copies = 0 if self.block_size == 1 else self.noisy.shape[1]
-        return self.x0.numel() * (copies + (self.block_size < self.x0.shape[1]))
+        """Positions that one scoring of all rows feeds."""
+        return sum(part.x0.numel() * ((part.noisy.shape[1] if self.block_size > 1 else 0) + (self.block_size < part.x0.shape[1] or self.block_size == 1))
+                   for _, part in self.parts())
 
 
 def token_logp(model, states: States) -> tuple[Tensor, Tensor]:
-    """(log p(labels), entropy of the prediction), each (B, C, L) nats on the model's device, 0 where nothing is scored.
+    """(log p(labels) (B, C * J, L), entropy of the prediction (B, C, L)), nats on the model's device, 0 where nothing is scored.
 
-    One forward; [MASK] is barred as in decoding. The entropy carries no gradient.
+    [MASK] is barred as in decoding. The entropy carries no gradient.
     """
+    length, rows, found = states.x0.shape[1], [], []
+    for index, part in states.parts():
+        rows.append(index)
+        found.append([F.pad(value, (0, length - value.shape[2], 0, full.shape[1] - value.shape[1]))
+                      for value, full in zip(_token_logp(model, part), (states.labels, states.noisy))])
+    back = torch.cat(rows).argsort()
+    logp, entropy = (torch.cat(values)[back.to(values[0].device)] for values in zip(*found))
+    return logp, entropy
+
+
+def _predictions(model, states: States) -> tuple[Tensor, Tensor]:
+    """(log-probabilities (n, V), targets (B, C, L) bool with n True) in one forward: of every position that some label is scored at."""
     device = next(model.parameters()).device
-    x0, docs, noisy, labels, weight = (value.to(device) for value in (states.x0, states.docs, states.noisy, states.labels, states.weight))
-    targets, record = weight != 0, model.config.hilda
+    x0, noisy, docs, weight = (value.to(device) for value in (states.x0, states.noisy, states.docs, states.weight))
+    targets, record = (weight != 0).unflatten(1, (-1, states.draws)).any(2), model.config.hilda
     layout = Layout.build(x0, noisy, docs, states.block_size, record["label_shift"], record.get("causal_context", False))
-    logp = (target_logits(model, layout, targets) / states.temperature).log_softmax(-1)
+    return (target_logits(model, layout, targets) / states.temperature).log_softmax(-1), targets
+
+
+def _token_logp(model, states: States) -> tuple[Tensor, Tensor]:
+    """`token_logp` in one forward."""
+    logp, targets = _predictions(model, states)
     with torch.no_grad():
         entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    blank = torch.zeros(targets.shape, device=device)
-    return blank.masked_scatter(targets, logp.gather(-1, labels[targets][:, None])), blank.masked_scatter(targets, entropy)
+    labels, scored = (value.to(logp.device).unflatten(1, (-1, states.draws)).movedim(2, -1) for value in (states.labels, states.weight != 0))
+    found = logp.new_zeros(labels.shape).masked_scatter(targets[..., None], logp.gather(-1, labels[targets])) * scored  # (B, C, L, J)
+    return found.movedim(-1, 2).flatten(1, 2), logp.new_zeros(targets.shape).masked_scatter(targets, entropy)
 
 
 def _states(rollout: Rollout, noisy: Tensor, weight: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> States:
@@ -179,18 +217,51 @@ def denoising(rollout: Rollout, eos: list[int], samples: int | None = None, gene
 
     Scored at round l: the tokens chosen for all masks, up to the first EOS of the prediction, with weight n/m for m masks in n
     decoded positions. The paper's factor is T/l with a direction that its text leaves open; as the ELBO's 1/t it is this one.
-    samples: rounds of each block, as in `trajectory`.
+    samples: rounds of each block, as in `trajectory`; the temperature is the rollout's too.
     """
     size, written = rollout.block_size, rollout.written[:, None]
     masked = (rollout.noisy == rollout.mask_token_id) & written & _per_position(_block_sum(rollout.wrote, size) > 0, size)
     rounds = (_block_sum(masked, size) > 0).sum(1)  # rounds that filled come before those that only edit
     index, weight = _picked(rounds, samples, generator)
     noisy, masked, labels = (_gathered(value, index, size) for value in (rollout.noisy, masked, rollout.predicted))
-    ended = (torch.isin(labels, torch.tensor(eos)) & written).unflatten(-1, (-1, size)).long()
+    rate = _block_sum(written, size) / _block_sum(masked, size).clamp(min=1)
+    states = _states(rollout, noisy, _per_position(weight * rate, size) * masked, labels, rollout.temperature or 1.0)
+    return _until_eos(rollout, states, eos)
+
+
+def _until_eos(rollout: Rollout, states: States, eos: list[int]) -> States:
+    """No score for what a prediction has after its first EOS, or beyond max_new_tokens."""
+    size, labels = rollout.block_size, states.labels
+    ended = (torch.isin(labels, torch.tensor(eos)) & rollout.written[:, None]).unflatten(-1, (-1, size)).long()
     before = (ended.cumsum(-1) - ended == 0).flatten(-2)
     inside = torch.arange(labels.shape[-1]) < (rollout.prompt_length + rollout.ids.shape[1])[:, None]
-    rate = _block_sum(written, size) / _block_sum(masked, size).clamp(min=1)
-    return _states(rollout, noisy, _per_position(weight * rate, size) * (masked & before & inside[:, None]), labels)
+    return replace(states, weight=states.weight * (before & inside[:, None]))
+
+
+@torch.no_grad()
+def redrawn(model, rollout: Rollout, eos: list[int], draws: int, quota: int | None = None, samples: int | None = None,
+            generator: torch.Generator | None = None) -> States:
+    """`denoising` with `draws` predictions of each state, all drawn anew from the probabilities that one forward gives (ours).
+
+    The forward is what costs; of a state that has it, many predictions tell which of its tokens were worth what. quota: of each
+    prediction only its `quota` most confident tokens are scored, with weight 1: those that `Quota` would write. Scoring the rest too
+    makes a model sure of guesses that it would not yet have written, and confidence is what tells the decoder where to begin.
+    """
+    size, states = rollout.block_size, denoising(rollout, eos, samples, generator)
+    masked = (states.noisy == rollout.mask_token_id) & _per_position(_block_sum(states.weight, size) > 0, size)
+    states = replace(states, weight=_per_position(states.weight.unflatten(-1, (-1, size)).amax(-1), size) * masked)
+    labels, confidence = (value[:, :, None].repeat(1, 1, draws, 1) for value in (states.noisy, torch.full_like(states.weight, -1.0)))
+    for rows, part in states.parts():
+        logp, targets = _predictions(model, part)
+        row, copy, position = targets.cpu().nonzero().T
+        chance = logp.exp().cpu()
+        drawn = torch.multinomial(chance, draws, replacement=True, generator=generator)
+        labels[rows[row], copy, :, position], confidence[rows[row], copy, :, position] = drawn, chance.gather(1, drawn)
+    weight = states.weight[:, :, None].repeat(1, 1, draws, 1)
+    if quota:
+        order = confidence.unflatten(-1, (-1, size)).argsort(dim=-1, descending=True, stable=True).argsort(-1).flatten(-2)
+        weight = ((weight != 0) & (order < quota)).float()
+    return _until_eos(rollout, replace(states, labels=labels.flatten(1, 2), weight=weight.flatten(1, 2)), eos)
 
 
 @torch.no_grad()
@@ -234,25 +305,38 @@ def _random_order(table: Tensor, rank: Tensor, scored: Tensor, n: Tensor, size: 
 
 
 @torch.no_grad()
-def audit(model, rollout: Rollout, samples: tuple[int, ...] = (2, 4, 8), draws: int = 50, generator: torch.Generator | None = None) -> pd.DataFrame:
+def audit(model, rollout: Rollout, samples: tuple[int, ...] = (2, 4, 8), draws: int = 50, generator: torch.Generator | None = None,
+          other=None) -> pd.DataFrame:
     """Estimators against enumeration: one row an estimator and number of noisy copies, averaged over the rows of the rollout.
 
-    Columns in nats: elbo_error and likelihood_error, the mean estimate less the exact ELBO or log-likelihood; noise, the
-    standard error of that mean over the draws; std, of one estimate. copies: noisy copies a row in the one forward, the cost.
+    Columns in nats: elbo_error and likelihood_error, the mean estimate less the exact ELBO or log-likelihood; bias, less what the
+    estimator stands for: the exact ELBO, for a trajectory all its rounds; noise, the standard error of that mean over the draws;
+    std, of one estimate. copies: noisy copies a row in the one forward, the cost. other: a second policy; adds ratio_std, the std
+    over draws of the log-ratio of the two under the same states, and ratio_std_fresh, with states drawn for each.
     """
     elbo, likelihood = exact(model, rollout)
 
-    def row(name: str, build, count: int) -> dict:
-        def estimate() -> Tensor:
-            states = build()
-            return (token_logp(model, states)[0].cpu() * states.weight).sum((1, 2)).double()
-        found = torch.stack([estimate() for _ in range(count)])  # (draws, B)
+    def values(policy, states: States) -> Tensor:
+        return (token_logp(policy, states)[0].cpu() * states.weight).sum((1, 2)).double()
+
+    def row(name: str, build, count: int, target: Tensor = elbo) -> dict:
+        drawn = [build() for _ in range(count)]
+        found = torch.stack([values(model, states) for states in drawn])  # (draws, B)
         std = found.std(0, correction=int(count > 1))
-        return {"estimator": name, "copies": build().noisy.shape[1], "elbo_error": (found.mean(0) - elbo).mean().item(),
-                "likelihood_error": (found.mean(0) - likelihood).mean().item(), "std": std.mean().item(),
-                "noise": (std.square().mean() / count / len(elbo)).sqrt().item()}
+        result = {"estimator": name, "copies": drawn[0].noisy.shape[1], "elbo_error": (found.mean(0) - elbo).mean().item(),
+                  "likelihood_error": (found.mean(0) - likelihood).mean().item(), "bias": (found.mean(0) - target).mean().item(),
+                  "std": std.mean().item(), "noise": (std.square().mean() / count / len(elbo)).sqrt().item()}
+        if other is not None:
+            second = torch.stack([values(other, states) for states in drawn])
+            result["ratio_std"] = (found - second).std(0, correction=int(count > 1)).mean().item()
+            result["ratio_std_fresh"] = (std.square() + second.var(0, correction=int(count > 1))).sqrt().mean().item()
+        return result
 
     rows = [row("mean field", lambda: mean_field(rollout), 1)]
     for scheme in SCHEMES:
         rows += [row(scheme, lambda: elbo_states(rollout, count, scheme, generator), draws) for count in samples]
+    for edits in (False, True):
+        whole = values(model, trajectory(rollout, edits=edits))
+        rows += [row("trajectory" + " with edits" * edits, lambda: trajectory(rollout, edits=edits, samples=count, generator=generator), draws, whole)
+                 for count in samples]
     return pd.DataFrame(rows)

@@ -1,8 +1,8 @@
 """Policy objectives as plain functions of log-probabilities and rewards, so that they can be read and tested side by side.
 
 All have the form f(logp, old, rewards, groups, weight, lengths, **constants) -> (loss, statistics); see `sequence` for the shapes.
-Entry points: `wd1` (also wd1++, on other states), `espo`, `ebpo`, `diffu_grpo`, `agrpo`, `grpo`, `reinforce`; `advantages`,
-`informative`.
+Entry points: `wd1` (also wd1++, on other states), `espo`, `ebpo`, `diffu_grpo`, `agrpo`, `grpo`, `reinforce`, `imitation` (the
+control without blame); `advantages`, `informative`.
 """
 
 from functools import partial
@@ -59,6 +59,12 @@ def reinforce(logp: Tensor, old: Tensor, rewards: Tensor, groups: Tensor, weight
     The division by length is ours, here as elsewhere: a sum lets long samples dominate.
     """
     return -(advantages(rewards, groups) * sequence(logp, weight) / lengths).mean(), {}
+
+
+def imitation(logp: Tensor, old: Tensor, rewards: Tensor, groups: Tensor, weight: Tensor, lengths: Tensor):
+    """-sum(reward * log-likelihood / length) / sum(reward): supervised steps on the policy's own right answers (rejection sampling). No
+    baseline, so nothing is ever made less likely: what RL must beat at the same cost. All rewards 0: no loss."""
+    return -(rewards * sequence(logp, weight) / lengths).sum() / rewards.sum().clamp(min=SAME), {}
 
 
 def wd1(logp: Tensor, old: Tensor, rewards: Tensor, groups: Tensor, weight: Tensor, lengths: Tensor, *, psi: float = 1.0):

@@ -1,10 +1,11 @@
 """Completions sampled by edit decoding, with everything that a likelihood or a reward may ask of them.
 
-Entry points: `sample` (prompt ids -> `Rollout`), `score` (texts -> rewards), `spliced` (a completion for every draft of a
-block), `within` (settings that cannot spend more than a budget of forwards).
+Entry points: `sample` (prompt ids -> `Rollout`), `score` (texts -> rewards), `graded` (a task by its partial credit), `spliced`
+(a completion for every draft of a block), `within` (settings that cannot spend more than a budget of forwards).
 """
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -113,6 +114,15 @@ def _history(trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
     step_map = (wrote * trace.forward[1:, :, None]).max(0)  # a row's forwards only grow
     edits = (wrote & (before != trace.mask_token_id)).sum((0, 2))
     return torch.from_numpy(step_map), torch.from_numpy(trace.confidence[-1].copy()), torch.from_numpy(edits)
+
+
+def graded(task) -> SimpleNamespace:
+    """`task` with its partial credit, `parts`, as its score: a reward that tells apart completions which are all wrong.
+
+    Raises HildaError where the task has none."""
+    if not hasattr(task, "parts"):
+        raise HildaError(f"task {task.name} has no partial credit; set partial_credit to false, or take arithmetic")
+    return SimpleNamespace(name=f"{task.name}, parts", version=task.version, prompt=task.prompt, score=task.parts)
 
 
 def score(ids: Tensor, tokenizer, task, items: list[dict]) -> Tensor:

@@ -1,12 +1,13 @@
 """Arithmetic chains with worked steps: short, character-friendly, verifiable, endless.
 
 Prompt "17+25-8=", response "17+25=42;42-8=34;34": one step per operation, then the answer. Entry points: `items`, `stream`,
-`prompt`, `response`, `answer`, `score` (final answer), `exact` (whole response).
+`prompt`, `response`, `answer`, `score` (final answer), `exact` (whole response), `parts` (partial credit, a reward for RL).
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 from hildalib import tasks
@@ -90,3 +91,14 @@ def score(text: str, item: dict) -> float:
 def exact(text: str, item: dict) -> float:
     """1.0 if the whole text is the worked response (outer white space aside), else 0.0."""
     return float(isinstance(text, str) and text.strip() == response(item))
+
+
+def parts(text: str, item: dict) -> float:
+    """The share of the worked response's numbers and signs that the text has, each in its place: partial credit in [0, 1].
+
+    "17+25=43;43" for "17+25=42;42" has 5 of 7. What is too much counts as wrong, so 1.0 is `exact` and nothing else.
+    """
+    if not isinstance(text, str):
+        return 0.0
+    found, wanted = (re.findall(r"[0-9]+|[^0-9]", value) for value in (text.strip(), response(item)))
+    return sum(one == other for one, other in zip(found, wanted)) / max(len(found), len(wanted))

@@ -1,0 +1,295 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     formats: notebooks///ipynb,notebooks///py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · The RL laboratory
+#
+# **Question.** A model that knows the answer when it writes slowly loses it when it writes many tokens at once. Can reinforcement learning with a verifiable reward give it back, and which way to do so pays?
+#
+# **Needs.** [02 · Conversion](02_wsd.ipynb) (or, with `source = "03_sft"`, [03 · SFT](03_sft.ipynb)) with the same `profile` and `seed`.
+#
+# **Time.** Smoke: about 50 CPU-seconds. Profile nano: not yet run as a whole; a method takes 1 to 2 CPU-minutes.
+#
+# **Outputs.** A model a method under `outputs/<profile>/06_rl/checkpoints`, `curves.csv`, `costs.csv`, `test.csv`, `audit.csv`, five figures.
+
+# %% tags=["parameters"]
+profile = "smoke"
+seed = 0
+source = "02_wsd"
+task = "arithmetic"
+methods = ["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits",
+           "REINFORCE", "SFT on successes", "AR GRPO"]
+quota = 2
+edit_rollouts = 0.5
+max_new_tokens = 24
+chat = False
+draw = 6
+draw_group = 4
+steps = 2
+prompts = 2
+group = 4
+updates = 1
+samples = 2
+lr = 1e-3
+lr_end = 0.0
+temperature = 1.0
+partial_credit = True
+micro_batch = 64
+save_every = 5
+eval_every = 1
+items = 8
+test_items = 8
+batch_size = 64
+noise_batches = 2
+audit_prompts = 2
+audit_copies = [2, 4]
+audit_draws = 4
+
+# %%
+import copy
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+
+from hildalib import artefacts, backbones, comparison, evaluate, figures, learning, paths, rl, tasks
+from hildalib.decoding import EditSettings, commit
+from hildalib.rl import likelihood, noise, rollout, trainer
+
+print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+NOTEBOOK, TWIN = "06_rl", "AR GRPO"
+output, folder = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir(profile, NOTEBOOK, seed)
+loaded = {name: backbones.load(artefacts.model_folder(profile, source, name, seed), dtype="float32")
+          for name in ("dLLM", "AR twin")}
+tokenizer, benchmark = loaded["dLLM"][1], tasks.load(task)
+starts = {method: loaded["AR twin" if method == TWIN else "dLLM"][0] for method in methods}
+
+# %% [markdown]
+# ## The start
+#
+# *Fast* writes the `quota` most confident tokens of every forward (with a quota of 8 the whole block) and never edits; *edited* is the same with editing, which repairs much and costs forwards; *slow* writes one token a forward, as the AR twin does, which is always greedy and from left to right. The quota holds the speed of *fast*: at a threshold, a model that RL makes surer of itself also writes more at once, and what it gained in one is lost in the other. RL has something to do where the fast answers are right now and then: with none right there is nothing to reward, with all right nothing to change.
+
+# %%
+def settings(tau_edit: float = 1.0, **changes) -> EditSettings:
+    return EditSettings(tau_edit=tau_edit, max_new_tokens=max_new_tokens,
+                        **{"commit": commit.Quota(quota)} | changes)
+
+
+decoders = {"fast": evaluate.diffusion(settings()), "edited": evaluate.diffusion(settings(edit_rollouts)),
+            "slow": evaluate.diffusion(settings(commit=commit.Quota(1))),
+            "twin": evaluate.autoregressive(max_new_tokens)}
+
+
+def answers(model, decoder: str, split: str, count: int) -> pd.DataFrame:
+    frame = evaluate.run(model, tokenizer, benchmark, decoders[decoder], limit=count, seed=0, split=split,
+                         batch_size=batch_size, chat=chat)
+    return evaluate.summary(frame).assign(setting=decoder)
+
+
+ways = {"dLLM": ("fast", "edited", "slow"), "AR twin": ("twin",)}
+start = pd.concat([answers(loaded[name][0], decoder, "validation", items).assign(arm=name)
+                   for name, decoders_of in ways.items() for decoder in decoders_of], ignore_index=True)
+print(start[["arm", "setting", "accuracy", "low", "high", "tpf", "nfe"]].round(3).to_string(index=False))
+
+# %% [markdown]
+# ## Prompts that teach
+#
+# A group of completions whose rewards are all equal moves no weight in any method here. Some training prompts are answered a few times each: with the final answer alone as the reward, only those between never right and always right teach. With `partial_credit` the reward is the share of the worked response's numbers and signs that are right, each in its place, and nearly every group has a difference; what is reported stays the answer. Training, validation and test questions are disjoint by construction: a hash of the question decides where it belongs.
+
+# %%
+drawn = benchmark.items("train", limit=draw, seed=seed)
+teacher = rollout.graded(benchmark) if partial_credit else benchmark
+sampling = settings(temperature=temperature)
+rates = trainer.success_rates(starts[methods[0]], tokenizer, benchmark, drawn, sampling, group=draw_group,
+                              chat=chat, seed=seed)
+pool = [item for item, rate in zip(drawn, rates.tolist()) if partial_credit or 0 < rate < 1]
+if not pool:
+    print("no prompt is answered right now and then: all are kept, and little can be learned from them")
+pool = pool or drawn
+origin = {"profile": profile, "task": task, "seed": seed, "device": str(starts[methods[0]].device)}
+histogram = pd.DataFrame({"prompt": [benchmark.prompt(item) for item in drawn], "rate": rates.tolist()})
+figures.save(learning.prompts(rates.numpy(), draw_group), "06_prompts", histogram, profile=profile, seed=seed,
+             provenance=origin | {"completions": draw_group})
+plt.show()
+
+# %% [markdown]
+# ## The experiment
+#
+# Every method starts from the same weights and takes the same number of steps on the same prompts, with the same number of completions, sampled at the fast setting; each then makes one update. Learning rate and clipping of the gradient are shared too. They differ in the likelihood that they give a completion and in what they make of it:
+#
+# | method | likelihood of a completion | objective |
+# |---|---|---|
+# | wd1++ | each whole prediction of a block, at the state it was made in, scored on its own | softmax weights, praise and blame |
+# | wd1++ redrawn | the same states, sixteen predictions drawn anew of each; only the tokens that the quota would write (ours) | the same, each prediction judged against the others of its state |
+# | wd1 | one forward, the block masked completely | the same |
+# | ESPO | block ELBO, balanced pairs of masks | ratio of the sequence, k2 penalty |
+# | EBPO | block ELBO, stratified masks | clipped ratio of the sequence |
+# | diffu-GRPO | one forward, the block masked completely | clipped ratio a token, k3 penalty |
+# | AGRPO | the decoder's own choices, each where it was made | clipped ratio a token |
+# | AGRPO with edits | the same, edits too; sampled with editing on | the same |
+# | REINFORCE | block ELBO, balanced pairs | advantage times likelihood |
+# | SFT on successes | block ELBO, balanced pairs | likelihood of right answers only: the control |
+# | AR GRPO | exact (block size 1): the twin, sampled one token a forward | clipped ratio a token |
+
+# %%
+def sampled(method: str) -> EditSettings:
+    if method == TWIN:
+        return settings(block_size=1, temperature=temperature)
+    return settings(edit_rollouts, temperature=temperature) if "edits" in method else sampling
+
+
+def held_out(method: str):
+    decoder = "twin" if method == TWIN else "fast"
+    return lambda model: {"accuracy": answers(model, decoder, "validation", items).accuracy[0]}
+
+
+shared = dict(steps=steps, prompts=prompts, group=group, updates=updates, samples=samples, lr=lr,
+              lr_end=lr_end, micro_batch=micro_batch, seed=seed, save_every=save_every, eval_every=eval_every)
+recipes = {method: rl.RLRecipe(method=method, **shared) for method in methods}
+logs, trained = {}, {}
+for method in methods:
+    trained[method] = copy.deepcopy(starts[method])
+    log = rl.train(trained[method], tokenizer, teacher, pool, recipes[method], sampled(method),
+                   folder / method, chat=chat, evaluate=held_out(method))
+    print(f"{method:17} {log.accuracy.iloc[-1]:.3f}, {log.cpu_seconds.sum():.0f} CPU-seconds", flush=True)
+    logs[method] = log
+
+# %%
+before = dict(zip(start.setting, start.accuracy))
+first = {method: before["twin" if method == TWIN else "fast"] for method in methods}
+curves = learning.learning_curves(logs, first, prompts * group)
+curves.to_csv(output / "curves.csv", index=False)
+
+
+def every_seed(name: str) -> pd.DataFrame:
+    found = artefacts.seeds_done(profile, NOTEBOOK, name).items()
+    return pd.concat([pd.read_csv(path).assign(seed=number) for number, path in found], ignore_index=True)
+
+
+everyone = every_seed("curves.csv")
+origin |= {"seeds": ", ".join(map(str, sorted(everyone.seed.unique()))), "items": items, "lr": lr,
+           "completions a step": f"{prompts} prompts x {group}"}
+figures.save(learning.curves(everyone, apart=(TWIN,)), "06_steps", everyone, profile=profile, seed=seed,
+             provenance=origin)
+plt.show()
+
+# %% [markdown]
+# The same runs against what they cost. CPU-seconds count sampling, scoring and learning, not the evaluations.
+
+# %%
+figures.save(learning.curves(everyone, x="cpu_seconds", apart=(TWIN,)), "06_cpu", everyone, profile=profile,
+             seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# ## What the gradient had to work with
+#
+# *noise*: the variance of the start's gradient over fresh batches, as a multiple of the squared mean gradient: how many steps an average would need until it is as much signal as noise. *mask noise*: the part of it that the draw of masks or rounds makes, with the same completions. *equal groups*: the share of completions without a signal. *log-ratio std* is 0 with one update a batch: the policy that sampled is the one that learns.
+
+# %%
+spent = learning.costs(logs, prompts * group)
+for method in methods:
+    found = noise.gradient_noise(copy.deepcopy(starts[method]), tokenizer, teacher, pool, recipes[method],
+                                 sampled(method), batches=noise_batches, chat=chat)
+    spent.loc[spent.arm == method, list(found)] = list(found.values())
+spent.to_csv(output / "costs.csv", index=False)
+columns = ["arm", "cpu_seconds", "equal_groups", "noise", "mask_noise", "log_ratio_std", "grad_norm",
+           "entropy", "tokens", "edits"]
+print(spent[columns].round(3).to_string(index=False))
+
+# %% [markdown]
+# ## The likelihood is the problem
+#
+# A diffusion model has no cheap exact likelihood. On a few completions of the start, with edits, each estimator is set beside the exact value, which enumerates all masks of a block. The ELBO estimators are unbiased and noisy; the mean field, one forward, is certain and wrong. *ratio std* is what an objective feels: the spread of the log-ratio between the start and the model that wd1++ trained, under the same masks for both, and (*fresh*) with masks drawn for each: never compare two policies under different masks.
+
+# %%
+asked = pool[:audit_prompts]
+texts = evaluate.worded(benchmark, tokenizer, [benchmark.prompt(item) for item in asked], chat)
+model = starts[methods[0]]
+ids, real = evaluate.left_pad(tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+rolled = rollout.sample(model, ids, settings(edit_rollouts, temperature=temperature),
+                        attention_mask=real, generator=torch.Generator().manual_seed(seed))
+audit = likelihood.audit(model, rolled, tuple(audit_copies), audit_draws, torch.Generator().manual_seed(seed),
+                         other=trained[methods[0]])
+audit.to_csv(output / "audit.csv", index=False)
+figures.save(learning.estimators(audit), "06_estimators", audit, profile=profile, seed=seed,
+             provenance=origin | {"completions": len(asked), "draws": audit_draws})
+plt.show()
+print(audit.drop(columns="noise").round(3).to_string(index=False))
+
+# %% [markdown]
+# ## On test prompts
+#
+# Everything so far was chosen and watched on validation prompts. Here each model answers the test prompts once, at the fast setting that it was trained for, with editing, and slowly.
+
+# %%
+rows = []
+for name, model in {"dLLM": loaded["dLLM"][0], "AR twin": loaded["AR twin"][0], **trained}.items():
+    for decoder in ways["AR twin" if name in (TWIN, "AR twin") else "dLLM"]:
+        rows.append(answers(model, decoder, "test", test_items).assign(arm=name))
+tested = pd.concat(rows, ignore_index=True)
+tested["start"] = ["AR twin" if setting == "twin" else "dLLM" for setting in tested.setting]
+tested = tested.merge(tested[["arm", "setting", "accuracy"]], left_on=["start", "setting"],
+                      right_on=["arm", "setting"], suffixes=("", "_start")).drop(columns="arm_start")
+tested["gain"] = tested.accuracy - tested.accuracy_start
+tested.to_csv(output / "test.csv", index=False)
+means = evaluate.across_seeds(dict(tuple(every_seed("test.csv").groupby("seed"))), ["arm", "setting"],
+                              ["accuracy", "gain", "tpf"], shares=("accuracy",))
+kept = ["rollouts", "cpu_seconds", "noise", "equal_groups", "entropy", "tokens"]
+cost = every_seed("costs.csv").groupby("arm")[kept].mean()
+means = means.merge(cost.reset_index(), how="left", on="arm")
+means["rollouts_per_point"] = (means.rollouts / (100 * means.gain)).where(means.gain > 0)
+columns = ["arm", "setting", "n_seeds", "accuracy", "gain", "gain_low", "gain_high", "tpf",
+           "rollouts_per_point", "cpu_seconds"]
+print(means[columns].round(3).to_string(index=False))
+
+# %%
+page = means[means.arm.isin(methods)]
+page = page.rename(columns={"gain": "difference", "gain_low": "low", "gain_high": "high"})
+page = page.assign(measure=page.setting.map({"twin": "slow"}).fillna(page.setting),
+                   better="higher")
+page["arm"] = page.arm.replace({TWIN: "AR GRPO (twin)"})
+figures.save(comparison.verdicts(page, reference="the start"), "06_gains", means, profile=profile, seed=seed,
+             provenance=origin | {"test prompts": test_items})
+plt.show()
+
+# %%
+artefacts.write_metrics({"start": start.to_dict("records"), "pool": len(pool), "drawn": len(drawn),
+                         "test": tested.to_dict("records"), "costs": spent.to_dict("records")},
+                        profile, NOTEBOOK, seed, model=loaded["dLLM"][0])
+print(f"{len(pool)} prompts in the pool; {prompts * group * steps} completions a method")
+
+# %% [markdown]
+# ## What we learned
+#
+# Profile nano has not been run as a whole yet: no method has been compared with another, and nothing was answered on test prompts. What is known comes from single runs on 200 validation prompts, 20 steps each, the learning rate falling to 0, one change at a time:
+#
+# | start, quota | seed | method, reward | completions a step | learning rate | fast, at the start, after 5, 10, 15, 20 steps |
+# |---|---|---|---|---|---|
+# | 02, 2 | 1 | wd1++, answer | 16 x 8 | 1.5e-4 | 39.0, 46.0, 46.5, 47.5, 48.0 % |
+# | 02, 2 | 1 | the same, prompts right now and then (235 of 700) | 16 x 8 | 1.5e-4 | 39.0, 47.0, 46.0, 46.5, 46.5 % |
+# | 02, 2 | 1 | the same, temperature 0.5 | 16 x 8 | 1.5e-4 | 39.0, 40.0, 42.5, 45.5, 46.0 % |
+# | 02, 2 | 1 | wd1++, parts | 16 x 8 | 2e-4 | 39.0, 44.0, 45.5, 44.0, 46.5 % |
+# | 02, 2 | 1 | wd1++, parts | 16 x 8 | 6e-4 | 39.0, 26.0, 17.5, 17.5, stopped |
+# | 02, 2 | 2 | wd1++, parts | 16 x 8 | 2e-4 | 49.5, -, 44.0, -, 44.0 % |
+# | 02, 2 | 2 | wd1++ redrawn, parts | 16 x 8 | 2e-4 | 49.5, 55.0, 49.5, 46.5, 45.0 % |
+# | 03, 4 | 2 | wd1++, answer | 24 x 8 | 2e-4 | 45.5, 46.0, 49.0, 48.5, 48.0 % |
+# | 03, 8 | 1 | wd1++, answer | 24 x 8 | 1e-4 | 28.0, 27.0, 27.0, 33.0, 32.5 % |
+# | 03, 8 | 1 | AGRPO, answer | 24 x 8 | 1e-4 | 28.0, 24.5, 29.0, 31.0, - % |
+# | 03, 8 | 1 | wd1++, parts | 24 x 8 | 3e-4 | 28.0, 31.0, 32.5, 33.0, 34.0 % |
+# | 03, 8 | 1 | wd1++ redrawn, parts | 16 x 8 | 3e-4 | 28.0, 30.0, 35.0, 39.5, 41.5 % |
+# | 03, 8 | 1 | wd1++ redrawn, parts | 16 x 8 | 1e-3 | 28.0, 16.0, 12.5, 32.5, 30.0 % |
