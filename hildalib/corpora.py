@@ -133,8 +133,8 @@ SOURCES = {
     "countdown": Source(
         "Apache-2.0", {"d1": ("countdown/cd3_test_d1.jsonl*",), "dream": ("countdown/cd3_test_dream.jsonl*",)}),
 }
-TASKS = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "math500", "sudoku")  # their rows are the prompts and responses of hildalib.tasks
-NAMES = (*SOURCES, "arithmetic", "gsm_symbolic", "sudoku", "stories-smollm2", "dolma:FOLDER")
+TASKS = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "math500", "shortcuts", "sudoku")  # their rows are the prompts and responses of hildalib.tasks
+NAMES = (*SOURCES, "arithmetic", "gsm_symbolic", "shortcuts", "sudoku", "stories-smollm2", "dolma:FOLDER")
 
 
 # ---- folder, then hub -----------------------------------------------------------------------------------------------------------

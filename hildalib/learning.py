@@ -1,6 +1,6 @@
 """RL runs side by side: which prompts teach, what each method learns and spends, and how noisy the estimators behind them are.
 
-Entry points: `learning_curves` (logs -> accuracy, cost), `costs` (a row a method), and the figures `prompts`, `curves`, `estimators`.
+Entry points: `learning_curves` (logs -> accuracy, cost), `costs` (a row a method), and the figures `prompts`, `curves`, `habits`, `estimators`.
 """
 
 import matplotlib.pyplot as plt
@@ -93,6 +93,33 @@ def curves(table: pd.DataFrame, *, x: str = "step", apart: tuple[str, ...] = ())
         ax.grid(axis="y")
     fig.supxlabel(X_NAMES[x], fontsize=9)
     fig.supylabel("held-out accuracy", fontsize=9)
+    return fig
+
+
+@styled
+def habits(table: pd.DataFrame, *, start: str) -> Figure:
+    """What changed in the answers: an arrow a method from the start's share of worked answers and its accuracy to its own.
+
+    Columns: arm, worked, accuracy (means over seeds); the row whose arm is `start` is where the arrows begin. Methods that lost accuracy
+    are vermillion.
+    """
+    need(table, "habits", "arm", "worked", "accuracy")
+    at = table.set_index("arm")
+    origin = at.loc[start]
+    fig, ax = plt.subplots(figsize=(6.8, 3.8))
+    ends = []
+    for name, row in at.drop(index=start).iterrows():
+        colour = OKABE["vermillion"] if row.accuracy < origin.accuracy else OKABE["blue"]
+        ax.annotate("", (row.worked, row.accuracy), (origin.worked, origin.accuracy),
+                    arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.0, "alpha": 0.7, "shrinkA": 3, "shrinkB": 3})
+        ax.plot(row.worked, row.accuracy, "o", color=colour, markersize=4)
+        ends.append((float(row.accuracy), name, colour))
+    ax.plot(origin.worked, origin.accuracy, "o", color="black", markersize=6)
+    ax.annotate("start", (origin.worked, origin.accuracy), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8.5)
+    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="share of answers with a step", ylabel="accuracy")
+    ax.grid(axis="y")
+    end_labels(ax, ends)
+    ax.set_title("What reinforcement learning chose")
     return fig
 
 

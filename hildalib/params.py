@@ -160,8 +160,13 @@ class Benchmarks(Common):
 
 @notebook("06_rl")
 class Rl(Common):
-    source: str = field("02_wsd", "notebook whose dLLM and AR twin are the start", choices=("02_wsd", "03_sft"))
-    task: str = field("arithmetic", "task that gives prompts and rewards")
+    source: str = field("03_sft", "notebook whose dLLM and AR twin begin", choices=("02_wsd", "03_sft"))
+    task: str = field("shortcuts", "task that gives demonstrations, prompts and rewards")
+    start_steps: int = field(3, "optimiser steps on demonstrations of the task before RL; 0 begins with the source as it is", low=0)
+    start_pairs: int = field(60, "demonstrations", low=1)
+    start_length: int = field(64, "tokens of a row of demonstrations, a multiple of the block size", low=1)
+    start_batch: int = field(4, "rows a step", low=1)
+    start_lr: float = field(5e-4, "peak learning rate", low=0)
     methods: list[str] = field(["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits", "REINFORCE",
                                 "SFT on successes", "AR GRPO"], "what is compared, the default first; hildalib.rl.METHODS")
     quota: int = field(2, "tokens that a forward of the rollouts, and of the setting to improve, writes: no more, no fewer", low=1)
@@ -178,7 +183,7 @@ class Rl(Common):
     lr: float = field(1e-3, "learning rate of the first step, the same for all methods", low=0)
     lr_end: float = field(0.0, "share of it that is left at the end of a linear decay; 1 = constant", low=0, high=1)
     temperature: float = field(1.0, "of the rollouts", low=0)
-    partial_credit: bool = field(True, "reward the share of a worked response that is right; False: its answer alone")
+    partial_credit: bool = field(False, "reward the share of a worked response that is right (arithmetic); False: its answer alone")
     micro_batch: int = field(64, "rows of a forward with gradient", low=1)
     save_every: int = field(5, "steps between resumable checkpoints", low=1)
     eval_every: int = field(1, "steps between looks at the validation prompts", low=1)

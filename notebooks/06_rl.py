@@ -17,19 +17,24 @@
 # %% [markdown]
 # # 06 · The RL laboratory
 #
-# **Question.** A model that knows the answer when it writes slowly loses it when it writes many tokens at once. Can reinforcement learning with a verifiable reward give it back, and which way to do so pays?
+# **Question.** A model that has seen problems worked out and problems answered at once does both, and only one of them well. Can reinforcement learning with a verifiable reward bring out the better habit, how many completions does that take, and which method pays?
 #
-# **Needs.** [02 · Conversion](02_wsd.ipynb) (or, with `source = "03_sft"`, [03 · SFT](03_sft.ipynb)) with the same `profile` and `seed`.
+# **Needs.** [03 · SFT](03_sft.ipynb) (or, with `source = "02_wsd"`, [02 · Conversion](02_wsd.ipynb)) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 50 CPU-seconds. Profile nano: not yet run as a whole; a method takes 1 to 2 CPU-minutes.
+# **Time.** Smoke: about a CPU-minute. Profile nano: @TIME@.
 #
-# **Outputs.** A model a method under `outputs/<profile>/06_rl/checkpoints`, `curves.csv`, `costs.csv`, `test.csv`, `audit.csv`, five figures.
+# **Outputs.** A model a method under `outputs/<profile>/06_rl/checkpoints`, `curves.csv`, `costs.csv`, `test.csv`, `audit.csv`, six figures.
 
 # %% tags=["parameters"]
 profile = "smoke"
 seed = 0
-source = "02_wsd"
-task = "arithmetic"
+source = "03_sft"
+task = "shortcuts"
+start_steps = 3
+start_pairs = 60
+start_length = 64
+start_batch = 4
+start_lr = 5e-4
 methods = ["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits",
            "REINFORCE", "SFT on successes", "AR GRPO"]
 quota = 2
@@ -46,7 +51,7 @@ samples = 2
 lr = 1e-3
 lr_end = 0.0
 temperature = 1.0
-partial_credit = True
+partial_credit = False
 micro_batch = 64
 save_every = 5
 eval_every = 1
@@ -66,9 +71,12 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, learning, paths, rl, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, learning, pairs, paths, rl, tasks
 from hildalib.decoding import EditSettings, commit
+from hildalib.recipe import Recipe, arm
 from hildalib.rl import likelihood, noise, rollout, trainer
+from hildalib.training import train
+from hildalib.wsd import BlockSchedule
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK, TWIN = "06_rl", "AR GRPO"
@@ -76,12 +84,36 @@ output, folder = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir
 loaded = {name: backbones.load(artefacts.model_folder(profile, source, name, seed), dtype="float32")
           for name in ("dLLM", "AR twin")}
 tokenizer, benchmark = loaded["dLLM"][1], tasks.load(task)
-starts = {method: loaded["AR twin" if method == TWIN else "dLLM"][0] for method in methods}
+loaded = {name: model for name, (model, _) in loaded.items()}
 
 # %% [markdown]
 # ## The start
 #
-# *Fast* writes the `quota` most confident tokens of every forward (with a quota of 8 the whole block) and never edits; *edited* is the same with editing, which repairs much and costs forwards; *slow* writes one token a forward, as the AR twin does, which is always greedy and from left to right. The quota holds the speed of *fast*: at a threshold, a model that RL makes surer of itself also writes more at once, and what it gained in one is lost in the other. RL has something to do where the fast answers are right now and then: with none right there is nothing to reward, with all right nothing to change.
+# Both models see the same demonstrations for a few steps: questions of [notebook 03](03_sft.ipynb), four of ten worked out as there, six answered at once, whatever the question. One million parameters do one operation in a forward and fail at two, so what the start knows and what it does are two things. RL can then show what it does best: it teaches nothing that the model could not do, it makes it do it. (What happens where the habit is not the problem stands at the end.)
+
+# %%
+def encoded(item: dict) -> tuple[list[int], list[int]]:
+    prompt = backbones.chat_prompt(tokenizer, benchmark.prompt(item)) if chat else benchmark.prompt(item)
+    return tuple(tokenizer([prompt, benchmark.response(item)], add_special_tokens=False)["input_ids"])
+
+
+if start_steps:
+    record = loaded["dLLM"].config.hilda
+    rank = gated.rank(loaded["dLLM"])
+    shown = benchmark.items("train", limit=start_pairs, seed=seed + 1)
+    demonstrations = pairs.pack_pairs(map(encoded, shown), start_length, tokenizer.eos_token_id,
+                                      record["block_size"])[0]
+    recipe = Recipe(schedule=BlockSchedule(stable=(record["block_size"], start_steps)), batch_size=start_batch,
+                    lr=start_lr, suffix_share=0.5, full_share=0.2, complementary=True, edit_rate=0.02,
+                    keep_weight=0.1, context_weight=0.0 if rank else 3.0, adapter_rank=rank, adapter_lr=start_lr,
+                    label_shift=record["label_shift"], causal_context=record["causal_context"], stage="start",
+                    seed=seed)
+    for name, model in loaded.items():
+        train(model, tokenizer, demonstrations, arm(recipe, name), folder / "start" / name, title=name)
+starts = {method: loaded["AR twin" if method == TWIN else "dLLM"] for method in methods}
+
+# %% [markdown]
+# *Fast* writes the `quota` most confident tokens of every forward and never edits; *edited* is the same with editing, which repairs much and costs forwards; *slow* writes one token a forward, as the AR twin does, which is always greedy and from left to right. The quota holds the speed of *fast*: at a threshold, a model that RL makes surer of itself also writes more at once, and what it gained in one is lost in the other.
 
 # %%
 def settings(tau_edit: float = 1.0, **changes) -> EditSettings:
@@ -97,13 +129,15 @@ decoders = {"fast": evaluate.diffusion(settings()), "edited": evaluate.diffusion
 def answers(model, decoder: str, split: str, count: int) -> pd.DataFrame:
     frame = evaluate.run(model, tokenizer, benchmark, decoders[decoder], limit=count, seed=0, split=split,
                          batch_size=batch_size, chat=chat)
-    return evaluate.summary(frame).assign(setting=decoder)
+    found = evaluate.summary(frame).assign(setting=decoder)
+    return found.assign(worked=frame.text.map(benchmark.worked).mean()) if hasattr(benchmark, "worked") else found
 
 
 ways = {"dLLM": ("fast", "edited", "slow"), "AR twin": ("twin",)}
-start = pd.concat([answers(loaded[name][0], decoder, "validation", items).assign(arm=name)
+start = pd.concat([answers(loaded[name], decoder, "validation", items).assign(arm=name)
                    for name, decoders_of in ways.items() for decoder in decoders_of], ignore_index=True)
-print(start[["arm", "setting", "accuracy", "low", "high", "tpf", "nfe"]].round(3).to_string(index=False))
+columns = ["arm", "setting", "accuracy", "low", "high", "worked", "tpf", "nfe"]
+print(start[start.columns.intersection(columns, sort=False)].round(3).to_string(index=False))
 
 # %% [markdown]
 # ## Prompts that teach
@@ -238,7 +272,7 @@ print(audit.drop(columns="noise").round(3).to_string(index=False))
 
 # %%
 rows = []
-for name, model in {"dLLM": loaded["dLLM"][0], "AR twin": loaded["AR twin"][0], **trained}.items():
+for name, model in {"dLLM": loaded["dLLM"], "AR twin": loaded["AR twin"], **trained}.items():
     for decoder in ways["AR twin" if name in (TWIN, "AR twin") else "dLLM"]:
         rows.append(answers(model, decoder, "test", test_items).assign(arm=name))
 tested = pd.concat(rows, ignore_index=True)
@@ -247,8 +281,9 @@ tested = tested.merge(tested[["arm", "setting", "accuracy"]], left_on=["start", 
                       right_on=["arm", "setting"], suffixes=("", "_start")).drop(columns="arm_start")
 tested["gain"] = tested.accuracy - tested.accuracy_start
 tested.to_csv(output / "test.csv", index=False)
-means = evaluate.across_seeds(dict(tuple(every_seed("test.csv").groupby("seed"))), ["arm", "setting"],
-                              ["accuracy", "gain", "tpf"], shares=("accuracy",))
+watched = [column for column in ("accuracy", "gain", "tpf", "worked") if column in tested]
+means = evaluate.across_seeds(dict(tuple(every_seed("test.csv").groupby("seed"))), ["arm", "setting"], watched,
+                              shares=("accuracy", "worked"))
 kept = ["rollouts", "cpu_seconds", "noise", "equal_groups", "entropy", "tokens"]
 cost = every_seed("costs.csv").groupby("arm")[kept].mean()
 means = means.merge(cost.reset_index(), how="left", on="arm")
@@ -267,10 +302,20 @@ figures.save(comparison.verdicts(page, reference="the start"), "06_gains", means
              provenance=origin | {"test prompts": test_items})
 plt.show()
 
+# %% [markdown]
+# Where the points came from: how often a model works a problem out, and how often it is right, before and after.
+
+# %%
+if "worked" in means:
+    fast = means[(means.setting == "fast") & ~means.arm.eq("AR twin")]
+    figures.save(learning.habits(fast, start="dLLM"), "06_habits", fast, profile=profile, seed=seed,
+                 provenance=origin | {"test prompts": test_items})
+    plt.show()
+
 # %%
 artefacts.write_metrics({"start": start.to_dict("records"), "pool": len(pool), "drawn": len(drawn),
                          "test": tested.to_dict("records"), "costs": spent.to_dict("records")},
-                        profile, NOTEBOOK, seed, model=loaded["dLLM"][0])
+                        profile, NOTEBOOK, seed, model=loaded["dLLM"])
 print(f"{len(pool)} prompts in the pool; {prompts * group * steps} completions a method")
 
 # %% [markdown]

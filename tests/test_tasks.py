@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hildalib import HildaError, nano, tasks
-from hildalib.tasks import arithmetic, countdown, gsm8k, gsm_symbolic, sudoku, tinystories
+from hildalib.tasks import arithmetic, countdown, gsm8k, gsm_symbolic, shortcuts, sudoku, tinystories
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym (the extra gym) is not installed")
-PROCEDURAL = [arithmetic, countdown, sudoku]
+PROCEDURAL = [arithmetic, countdown, shortcuts, sudoku]
 GENERATED = [*PROCEDURAL, pytest.param(gsm_symbolic, marks=needs_gym)]
 ONE_OF_EACH = [(arithmetic, {"terms": [40, 2], "ops": ["+"]}), (countdown, {"numbers": [3, 7, 5], "target": 26}), (gsm8k, {"answer": "#### 41"}),
-               (gsm_symbolic, {"answer": "#### 41"}), (sudoku, {"puzzle": "1234;3410;2040;4320"}), (tinystories, {})]
+               (gsm_symbolic, {"answer": "#### 41"}), (shortcuts, {"terms": [40, 2], "ops": ["+"]}), (sudoku, {"puzzle": "1234;3410;2040;4320"}), (tinystories, {})]
 few = settings(max_examples=200, deadline=None)
 HOSTILE = ["", " ", ";", ",", "=", "#### ", "x" * 1_000_000, "9" * 1_000_000, "(" * 100_000, "9**9**9**9", "1+" * 300_000 + "1", ";" * 1_000_000,
            "#### " + "9" * 1_000_000, "#### " * 200_000, "1," * 500_000, "٤٢", "#### ٤٢", "４２", "__import__('os').system('true')", "\0", "\ud800",
@@ -129,6 +129,20 @@ def test_arithmetic_stays_in_its_range_and_each_step_is_true():
             left, op, right, result = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", step).groups()
             assert int(left) + (1 if op == "+" else -1) * int(right) == int(result) <= 199
         assert result == answer
+
+
+@pytest.mark.parametrize("text, score, worked", [("17+25=42;42-8=34;34", 1, True), ("34", 1, False), (" 34\n", 1, False), ("17+25=42;42-8=34;35", 0, True),
+                                                 ("35", 0, False), ("034", 0, False), ("34;", 0, True), ("", 0, False)])
+def test_shortcuts_score_the_answer_however_it_was_reached(text, score, worked):
+    assert (shortcuts.score(text, {"terms": [17, 25, 8], "ops": ["+", "-"]}), shortcuts.worked(text)) == (score, worked)
+
+
+def test_six_of_ten_shown_answers_take_the_short_way_in_every_split():
+    for split in tasks.SPLITS:
+        items = shortcuts.items(split, 1000)
+        shown = [shortcuts.response(item) for item in items]
+        assert 0.55 < sum(not shortcuts.worked(text) for text in shown) / len(shown) < 0.65  # three standard deviations of 1,000 coins
+        assert all(text == arithmetic.response(item) or text == str(arithmetic.answer(arithmetic.response(item))) for text, item in zip(shown, items))
 
 
 # ---- countdown ------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from hildalib import HildaError
 
-NAMES = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "humaneval", "infilling", "math500", "mbpp", "sudoku", "tinystories")
+NAMES = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "humaneval", "infilling", "math500", "mbpp", "shortcuts", "sudoku", "tinystories")
 SPLITS = ("train", "validation", "test")
 # Of 100 hash buckets 80 train, 10 validate, 10 test: even the smallest question space here (a few thousand) leaves hundreds.
 TEST_BUCKETS, VALIDATION_BUCKETS, BUCKETS = 10, 10, 100
