@@ -89,7 +89,7 @@ loaded = {name: model for name, (model, _) in loaded.items()}
 # %% [markdown]
 # ## The start
 #
-# Both models see the same demonstrations for a few steps: questions of [notebook 03](03_sft.ipynb), four of ten worked out as there, six answered at once, whatever the question. One million parameters do one operation in a forward and fail at two, so what the start knows and what it does are two things. RL can then show what it does best: it teaches nothing that the model could not do, it makes it do it. (What happens where the habit is not the problem stands at the end.)
+# Both models see the same demonstrations for a few steps: questions of [notebook 03](03_sft.ipynb), 45 of 100 worked out as there, 55 answered at once, whatever the question. One million parameters do one operation in a forward and fail at two, so what the start knows and what it does are two things. RL can then show what it does best: it teaches nothing that the model could not do, it makes it do it. (What happens where the habit is not the problem stands at the end.)
 
 # %%
 def encoded(item: dict) -> tuple[list[int], list[int]]:

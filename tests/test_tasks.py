@@ -137,11 +137,11 @@ def test_shortcuts_score_the_answer_however_it_was_reached(text, score, worked):
     assert (shortcuts.score(text, {"terms": [17, 25, 8], "ops": ["+", "-"]}), shortcuts.worked(text)) == (score, worked)
 
 
-def test_six_of_ten_shown_answers_take_the_short_way_in_every_split():
+def test_55_of_100_shown_answers_take_the_short_way_in_every_split():
     for split in tasks.SPLITS:
         items = shortcuts.items(split, 1000)
         shown = [shortcuts.response(item) for item in items]
-        assert 0.55 < sum(not shortcuts.worked(text) for text in shown) / len(shown) < 0.65  # three standard deviations of 1,000 coins
+        assert 0.5 < sum(not shortcuts.worked(text) for text in shown) / len(shown) < 0.6  # three standard deviations of 1,000 coins
         assert all(text == arithmetic.response(item) or text == str(arithmetic.answer(arithmetic.response(item))) for text, item in zip(shown, items))
 
 

@@ -15,7 +15,7 @@ from hildalib.tasks.arithmetic import answer, items, key, prompt, stream
 name = "shortcuts"
 version = 1
 
-AT_ONCE = 60  # of 100 demonstrations: the start then mostly answers at once, and both ways are sampled
+AT_ONCE = 55  # of 100 demonstrations: the start then answers at once more often than not, and both ways are sampled
 
 __all__ = ["answer", "items", "name", "prompt", "response", "score", "stream", "version", "worked"]
 
