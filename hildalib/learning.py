@@ -98,28 +98,30 @@ def curves(table: pd.DataFrame, *, x: str = "step", apart: tuple[str, ...] = ())
 
 @styled
 def habits(table: pd.DataFrame, *, start: str) -> Figure:
-    """What changed in the answers: an arrow a method from the start's share of worked answers and its accuracy to its own.
+    """What became of two habits: a panel each for the share of answers with a step, and for how many of those are right; a line a method
+    from the start to its own mean, its seeds as small dots.
 
-    Columns: arm, worked, accuracy (means over seeds); the row whose arm is `start` is where the arrows begin. Methods that lost accuracy
-    are vermillion.
+    Columns: arm, seed, worked, right (shares); the rows whose arm is `start` are where the lines begin. Losses are vermillion.
     """
-    need(table, "habits", "arm", "worked", "accuracy")
-    at = table.set_index("arm")
-    origin = at.loc[start]
-    fig, ax = plt.subplots(figsize=(6.8, 3.8))
-    ends = []
-    for name, row in at.drop(index=start).iterrows():
-        colour = OKABE["vermillion"] if row.accuracy < origin.accuracy else OKABE["blue"]
-        ax.annotate("", (row.worked, row.accuracy), (origin.worked, origin.accuracy),
-                    arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.0, "alpha": 0.7, "shrinkA": 3, "shrinkB": 3})
-        ax.plot(row.worked, row.accuracy, "o", color=colour, markersize=4)
-        ends.append((float(row.accuracy), name, colour))
-    ax.plot(origin.worked, origin.accuracy, "o", color="black", markersize=6)
-    ax.annotate("start", (origin.worked, origin.accuracy), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8.5)
-    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="share of answers with a step", ylabel="accuracy")
-    ax.grid(axis="y")
-    end_labels(ax, ends)
-    ax.set_title("What reinforcement learning chose")
+    need(table, "habits", "arm", "seed", "worked", "right")
+    names = [name for name in dict.fromkeys(table.arm) if name != start]
+    fig, axes = plt.subplots(1, 2, figsize=(8.6, 0.3 * len(names) + 1.3), sharey=True)
+    for ax, column, title in zip(axes, ("worked", "right"), ("How many answers are worked out?", "How many of those are right?")):
+        origin = table[table.arm == start][column].mean()
+        ax.axvline(origin, color="black", linewidth=1)
+        for at, name in enumerate(names):
+            values = table[table.arm == name][column]
+            colour = OKABE["vermillion"] if values.mean() < origin else OKABE["blue"]
+            ax.plot([origin, values.mean()], [at, at], color=colour, linewidth=1.6)
+            ax.plot(values, [at] * len(values), "o", color=colour, markersize=3, alpha=0.5)
+            ax.plot(values.mean(), at, "o", color=colour, markersize=6)
+        ax.annotate("start", (origin, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)
+        ax.set(xlim=(0, 1.02), xlabel="share")
+        ax.set_title(title)
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.9)
     return fig
 
 

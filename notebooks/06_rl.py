@@ -130,13 +130,16 @@ def answers(model, decoder: str, split: str, count: int) -> pd.DataFrame:
     frame = evaluate.run(model, tokenizer, benchmark, decoders[decoder], limit=count, seed=0, split=split,
                          batch_size=batch_size, chat=chat)
     found = evaluate.summary(frame).assign(setting=decoder)
-    return found.assign(worked=frame.text.map(benchmark.worked).mean()) if hasattr(benchmark, "worked") else found
+    if not hasattr(benchmark, "worked"):
+        return found
+    worked = frame.text.map(benchmark.worked)
+    return found.assign(worked=worked.mean(), right=frame.score[worked].mean())
 
 
 ways = {"dLLM": ("fast", "edited", "slow"), "AR twin": ("twin",)}
 start = pd.concat([answers(loaded[name], decoder, "validation", items).assign(arm=name)
                    for name, decoders_of in ways.items() for decoder in decoders_of], ignore_index=True)
-columns = ["arm", "setting", "accuracy", "low", "high", "worked", "tpf", "nfe"]
+columns = ["arm", "setting", "accuracy", "low", "high", "worked", "right", "tpf", "nfe"]
 print(start[start.columns.intersection(columns, sort=False)].round(3).to_string(index=False))
 
 # %% [markdown]
@@ -281,9 +284,9 @@ tested = tested.merge(tested[["arm", "setting", "accuracy"]], left_on=["start", 
                       right_on=["arm", "setting"], suffixes=("", "_start")).drop(columns="arm_start")
 tested["gain"] = tested.accuracy - tested.accuracy_start
 tested.to_csv(output / "test.csv", index=False)
-watched = [column for column in ("accuracy", "gain", "tpf", "worked") if column in tested]
+watched = [column for column in ("accuracy", "gain", "tpf", "worked", "right") if column in tested]
 means = evaluate.across_seeds(dict(tuple(every_seed("test.csv").groupby("seed"))), ["arm", "setting"], watched,
-                              shares=("accuracy", "worked"))
+                              shares=("accuracy", "worked", "right"))
 kept = ["rollouts", "cpu_seconds", "noise", "equal_groups", "entropy", "tokens"]
 cost = every_seed("costs.csv").groupby("arm")[kept].mean()
 means = means.merge(cost.reset_index(), how="left", on="arm")
@@ -303,11 +306,11 @@ figures.save(comparison.verdicts(page, reference="the start"), "06_gains", means
 plt.show()
 
 # %% [markdown]
-# Where the points came from: how often a model works a problem out, and how often it is right, before and after.
+# Where the points came from: how often a model works a problem out, at the fast setting, and how often it is right when it does.
 
 # %%
-if "worked" in means:
-    fast = means[(means.setting == "fast") & ~means.arm.eq("AR twin")]
+if "worked" in tested:
+    fast = every_seed("test.csv").query("setting == 'fast' and arm != 'AR twin'")
     figures.save(learning.habits(fast, start="dLLM"), "06_habits", fast, profile=profile, seed=seed,
                  provenance=origin | {"test prompts": test_items})
     plt.show()

@@ -55,6 +55,15 @@ def test_a_panel_a_method_and_a_fall_is_shown_as_a_fall():
         learning.curves(table, x="rollouts")
 
 
+def test_habits_begin_at_the_start_and_losses_are_vermillion():
+    table = pd.DataFrame({"arm": ["start", "start", "a", "a"], "seed": [0, 1, 0, 1], "worked": [0.2, 0.4, 0.8, 1.0], "right": [0.9, 0.9, 0.6, 0.8]})
+    left, right = learning.habits(table, start="start").axes
+    for ax, begin, end, colour in ((left, 0.3, 0.9, "blue"), (right, 0.9, 0.7, "vermillion")):
+        _, line, seeds, mean = ax.lines
+        assert line.get_xdata() == pytest.approx([begin, end]) and line.get_color() == OKABE[colour]
+        assert len(seeds.get_xdata()) == 2 and mean.get_xdata() == pytest.approx([end])
+
+
 def test_noise_of_a_gradient_is_variance_over_squared_mean_and_its_part_within_a_pair():
     """mean 2 in one of 400 directions, std 0.3 between rollouts and 0.1 between masks in each: noise 400 * (0.09 + 0.01) / 4."""
     generator, mean = torch.Generator().manual_seed(0), torch.zeros(400)
