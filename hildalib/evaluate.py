@@ -1,6 +1,6 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `pipelined`,
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `routed`, `pipelined`,
 `speculative`, `searching`, `autoregressive` and `generating` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, generate_decode,
-                               pipeline_decode, self_speculate)
+from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode, explore, generate_decode,
+                               pipeline_decode, routed_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -27,6 +27,11 @@ Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt
 def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
     """Threshold-edit decoding as a decoder of `run`."""
     return lambda model, ids, real: edit_decode(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def routed(settings: EditSettings, routing: RoutedSettings, seed: int = 0) -> Decoder:
+    """S2D2's routed verification as a decoder of `run`."""
+    return lambda model, ids, real: routed_decode(model, ids, settings, routing, attention_mask=real, generator=torch.Generator().manual_seed(seed))
 
 
 def pipelined(settings: PipelineSettings) -> Decoder:
