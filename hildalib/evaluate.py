@@ -114,6 +114,8 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
             "prompt": prompts, "text": texts, "score": scores,
             "tokens": generated_tokens(decoded.ids, eos).tolist(), "forwards": decoded.forwards.tolist(),
             "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part)}))
+        if decoded.kv_bytes is not None:
+            frames[-1]["kv_bytes"] = decoded.kv_bytes.tolist()
         bar.update(len(part))
     bar.close()
     return pd.concat(frames, ignore_index=True)
@@ -121,7 +123,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row: accuracy (mean score) with its 95 % Wilson interval low..high, items, NFE and positions an item, TPF = generated
-    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far.
+    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far; kv_bytes an item where they were counted.
 
     The Wilson interval treats the mean score as a proportion: exact for 0/1 scores, conservative for scores between.
     """
@@ -130,7 +132,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         "accuracy": frame.score.mean(), "low": float(low), "high": float(high), "items": len(frame), "nfe": frame.forwards.mean(),
         "tpf": frame.tokens.sum() / frame.forwards.sum(), "tokens_per_s": frame.tokens.sum() / frame.seconds.sum(),
         "positions_fed": frame.positions_fed.mean(), "cpu_seconds": frame.cpu_seconds.mean(), "tokens": frame.tokens.mean(),
-        "peak_memory_gb": peak_memory_gb()}])
+        "peak_memory_gb": peak_memory_gb(), **({"kv_bytes": frame.kv_bytes.mean()} if "kv_bytes" in frame else {})}])
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Decoders: the block loop with its cache, trace and rules (`commit`, `revise`), search over its orders and tokens, and the AR twin's.
 
-Entry points: `edit_decode`, `EditSettings`, `PRESETS`, `Decoded`, `ar_decode`, `generate_decode`, `self_speculate`, `order_token_search`, `explore`,
+Entry points: `edit_decode`, `EditSettings`, `Compression`, `PRESETS`, `Decoded`, `ar_decode`, `generate_decode`, `self_speculate`, `order_token_search`, `explore`,
 `vote`, `SearchSettings`, `Beams`, `pipeline_decode`, `PipelineSettings`, `routed_decode`, `RoutedSettings`,
 `refreshed_decode`, `RefreshedSettings`, `staleness`, `Trace`, `generate_text`.
 """
@@ -12,6 +12,7 @@ import torch
 from hildalib import HildaError
 from hildalib.decoding import commit, revise
 from hildalib.decoding.autoregressive import ar_decode, generate_decode
+from hildalib.decoding.compression import Compression
 from hildalib.decoding.decoded import Decoded
 from hildalib.decoding.edit import edit_decode
 from hildalib.decoding.pipeline import PipelineSettings, pipeline_decode
@@ -22,7 +23,7 @@ from hildalib.decoding.settings import PRESETS, EditSettings
 from hildalib.decoding.speculation import self_speculate
 from hildalib.decoding.trace import Trace
 
-__all__ = ["PRESETS", "Beams", "Decoded", "EditSettings", "PipelineSettings", "RefreshedSettings", "RoutedSettings", "SearchSettings", "Trace", "ar_decode", "commit", "edit_decode", "explore", "generate_decode", "generate_text",
+__all__ = ["PRESETS", "Beams", "Compression", "Decoded", "EditSettings", "PipelineSettings", "RefreshedSettings", "RoutedSettings", "SearchSettings", "Trace", "ar_decode", "commit", "edit_decode", "explore", "generate_decode", "generate_text",
            "order_token_search", "pipeline_decode", "refreshed_decode", "revise", "routed_decode", "self_speculate", "settings_for", "staleness", "vote"]
 
 

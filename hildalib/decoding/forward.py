@@ -83,13 +83,14 @@ class Forward:
         for number, layer in enumerate(self.layers):
             count, h = x.shape[0], layer.norm(x)
             keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)
+            cache.note(slots, h, keys, number)
             keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
             if number == len(self.layers) - 1 and packed is not None:
                 x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
                 if self.gate:
                     self.gate.cut = last
             queries = _rotate(layer.norm_q(layer.q(h).view(count, layer.heads, layer.width)), cos, sin)
-            read = _attend(_spread(queries, rows, shape), keys, values, bias).transpose(1, 2).reshape(shape.numel(), -1)
+            read = _attend(_spread(queries, rows, shape), keys, values, cache.bias(bias, number, layer.heads)).transpose(1, 2).reshape(shape.numel(), -1)
             x = layer.o(read if rows is None else read[rows]).add_(x)
             h = layer.norm_after(x)
             x = layer.down(layer.act(layer.gate(h)).mul_(layer.up(h))).add_(x)
