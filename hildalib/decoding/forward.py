@@ -144,7 +144,8 @@ def _layer(layer, gate: adapters.Gate | None) -> SimpleNamespace:
 def _function(module):
     """A linear layer that is just that, as a matmul (which takes half the time of F.linear at a row or two); anything else (quantised, with an
     adapter or a hook) as it is."""
-    if type(module) is not torch.nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    plain = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter  # torchao quantises the weight inside its layer
+    if not plain or module._forward_hooks or module._forward_pre_hooks:
         return module
     bias, weight = module.bias, module.weight.t()
     return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
