@@ -1,6 +1,6 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `routed`, `pipelined`,
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `routed`, `refreshed`, `pipelined`,
 `speculative`, `searching`, `autoregressive` and `generating` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode, explore, generate_decode,
-                               pipeline_decode, routed_decode, self_speculate)
+from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode,
+                               explore, generate_decode, pipeline_decode, refreshed_decode, routed_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -32,6 +32,11 @@ def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
 def routed(settings: EditSettings, routing: RoutedSettings, seed: int = 0) -> Decoder:
     """S2D2's routed verification as a decoder of `run`."""
     return lambda model, ids, real: routed_decode(model, ids, settings, routing, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def refreshed(settings: RefreshedSettings) -> Decoder:
+    """Fast-dLLM's caches as a decoder of `run`."""
+    return lambda model, ids, real: refreshed_decode(model, ids, settings, attention_mask=real)
 
 
 def pipelined(settings: PipelineSettings) -> Decoder:
