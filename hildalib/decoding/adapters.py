@@ -22,7 +22,7 @@ def fits(model) -> bool:
     one = embedding is not None and list(embedding.token_indices.values()) == [[model.config.hilda["mask_token_id"]]] and not embedding.merged
     return one and type(embedding.base_layer) is torch.nn.Embedding and all(
         type(part.base_layer) is torch.nn.Linear and part.active_adapters == ["default"] and not part.merged and not part.disable_adapters
-        and not part.lora_variant and part.lora_B["default"].bias is None for part in _layers(model))
+        and not getattr(part, "lora_variant", None) and part.lora_B["default"].bias is None for part in _layers(model))
 
 
 class Gate:
