@@ -146,11 +146,11 @@ def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item
     """Accuracy against forwards, or another cost x: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.
 
     Columns: base, arm, x, accuracy, low, high. Rows of base "", what the others are measured against, are in every
-    panel, grey but for the twin, S and Q.
+    panel, grey but for the twin, S and Q; where there are no others they are in colour.
     """
     need(table, "spending", "base", "arm", x, "accuracy", "low", "high")
     bases = [base for base in dict.fromkeys(table.base) if base] or [""]
-    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | table.arm.isin(FIXED)])
+    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | (bases == [""]) | table.arm.isin(FIXED)])
     fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 4.4), sharex=True, sharey=True, squeeze=False)
     axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table[x].min(), 1.6 * table[x].max()))
     axes[0, 0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())

@@ -23,7 +23,7 @@
 #
 # **Time.** Smoke: about 40 seconds. Profile nano: 20 minutes on half a core.
 #
-# **Outputs.** Up to five models under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, four figures.
+# **Outputs.** Up to five models under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, five figures.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -242,9 +242,11 @@ if len(tables) > 2:
     page = page.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
           "interval": "95 %, over seeds" if len(tables) > 2 else "95 % Wilson, over items"}
-figures.save(comparison.spending(page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]), "09_decoders", page,
-             profile=profile, seed=seed, provenance=origin)
-plt.show()
+own = ["judged by block size 1", "reads in both directions"]
+page = page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
+for name, part in {"09_decoders": page[~page.base.isin(own)], "09_judged": page[page.base.isin(["", *own])]}.items():
+    figures.save(comparison.spending(part), name, part, profile=profile, seed=seed, provenance=origin)
+    plt.show()
 
 # %% [markdown]
 # Are the two lossless ways lossless? Each text beside the text it must equal:
@@ -263,6 +265,7 @@ stale = pd.DataFrame()
 if "full sequence" in arms:
     wide = RefreshedSettings(tau_mask=cache_thresholds[-1], block_size=size, max_new_tokens=max_new_tokens)
     asked = [benchmark.prompt(item) for item in benchmark.items("test", limit=single_items, seed=0)]
+    asked = evaluate.worded(benchmark, tokenizer, asked, chat)
     ids, real = evaluate.left_pad(tokenizer(asked, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
     stale = pd.concat([staleness(models["full sequence"], ids, replace(wide, cache=cache), attention_mask=real)
                       .query("age > 0").assign(cache=cache) for cache in caches if cache != "none"])
