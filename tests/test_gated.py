@@ -113,6 +113,7 @@ def test_training_moves_the_adapter_only_and_disk_brings_it_back(pair, tmp_path)
     prompt, settings = torch.tensor([[5, 6, 7]]), EditSettings(tau_mask=0.3, tau_edit=0.3, max_new_tokens=12)
     assert is_gated(again) and again.config.hilda["causal_context"]
     for other in (again, finished):
+        assert is_straight(other)
         assert torch.equal(edit_decode(other, prompt, settings).ids, edit_decode(model, prompt, settings).ids)
     twin = ar_decode(parent, prompt, max_new_tokens=12).ids[0]
     assert torch.equal(self_speculate(again, prompt, max_new_tokens=12).ids[0, :len(twin)], twin)
