@@ -5,7 +5,12 @@ x0 clean ids, xt noisy ids; M2T mask-to-token, T2T token-to-token edit; NFE forw
 per forward. Entry points: `generate` here, `python -m hildalib` on the command line, `notebooks/` for the book.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+for _name in ("torchao", "torch.utils._pytree"):  # the optional torchao, which Transformers and peft import, lists the kernels of other machines
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class HildaError(Exception):

@@ -142,26 +142,26 @@ def differences(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFr
 
 
 @styled
-def spending(table: pd.DataFrame) -> Figure:
-    """Accuracy against forwards: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.
+def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item") -> Figure:
+    """Accuracy against forwards, or another cost x: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.
 
-    Columns: base, arm, nfe (forwards an item), accuracy, low, high. Rows of base "", what the others are measured against, are in every
-    panel, grey but for the twin, S and Q.
+    Columns: base, arm, x, accuracy, low, high. Rows of base "", what the others are measured against, are in every
+    panel, grey but for the twin, S and Q; where there are no others they are in colour.
     """
-    need(table, "spending", "base", "arm", "nfe", "accuracy", "low", "high")
+    need(table, "spending", "base", "arm", x, "accuracy", "low", "high")
     bases = [base for base in dict.fromkeys(table.base) if base] or [""]
-    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | table.arm.isin(FIXED)])
+    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | (bases == [""]) | table.arm.isin(FIXED)])
     fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 4.4), sharex=True, sharey=True, squeeze=False)
-    axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table.nfe.min(), 1.6 * table.nfe.max()))
+    axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table[x].min(), 1.6 * table[x].max()))
     axes[0, 0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
     ends = []
     for ax, base in zip(axes[0], bases):
-        for name, part in table[table.base.isin(["", base])].sort_values("nfe").groupby("arm", sort=False):
-            ax.vlines(part.nfe, part.low, part.high, color=colour[name], linewidth=1.2, alpha=0.5)
-            ax.plot(part.nfe, part.accuracy, "o-", color=colour[name], markersize=4)
+        for name, part in table[table.base.isin(["", base])].sort_values(x).groupby("arm", sort=False):
+            ax.vlines(part[x], part.low, part.high, color=colour[name], linewidth=1.2, alpha=0.5)
+            ax.plot(part[x], part.accuracy, "o-", color=colour[name], markersize=4)
             last = part.iloc[-1]
-            ends.append((ax, (last.nfe, last.accuracy, name, {"color": colour[name], "fontsize": 8})))
-        ax.set(xlabel="forwards an item", title=base)
+            ends.append((ax, (last[x], last.accuracy, name, {"color": colour[name], "fontsize": 8})))
+        ax.set(xlabel=label, title=base)
         ax.grid(axis="y")
     for ax in axes[0]:
         place(ax, [end for where, end in ends if where is ax])

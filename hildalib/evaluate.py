@@ -1,6 +1,6 @@
 """Model x task x decoder -> scores with intervals and what they cost.
 
-Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `pipelined`,
+Entry points: `run` (one row an item), `worded` (prompts as the model gets them), `summary` (one row a run, Wilson interval), `diffusion`, `routed`, `refreshed`, `pipelined`,
 `speculative`, `searching`, `autoregressive` and `generating` (decoders), `coverage` (of searched beams), `likelihood` (nats a token under a judge), `across_seeds`.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hildalib import HildaError, backbones
-from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, generate_decode,
-                               pipeline_decode, self_speculate)
+from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode,
+                               explore, generate_decode, pipeline_decode, refreshed_decode, routed_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
 from hildalib.training import peak_memory_gb
@@ -27,6 +27,16 @@ Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt
 def diffusion(settings: EditSettings, seed: int = 0) -> Decoder:
     """Threshold-edit decoding as a decoder of `run`."""
     return lambda model, ids, real: edit_decode(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def routed(settings: EditSettings, routing: RoutedSettings, seed: int = 0) -> Decoder:
+    """S2D2's routed verification as a decoder of `run`."""
+    return lambda model, ids, real: routed_decode(model, ids, settings, routing, attention_mask=real, generator=torch.Generator().manual_seed(seed))
+
+
+def refreshed(settings: RefreshedSettings) -> Decoder:
+    """Fast-dLLM's caches as a decoder of `run`."""
+    return lambda model, ids, real: refreshed_decode(model, ids, settings, attention_mask=real)
 
 
 def pipelined(settings: PipelineSettings) -> Decoder:
@@ -109,6 +119,8 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
             "prompt": prompts, "text": texts, "score": scores,
             "tokens": generated_tokens(decoded.ids, eos).tolist(), "forwards": decoded.forwards.tolist(),
             "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part)}))
+        if decoded.kv_bytes is not None:
+            frames[-1]["kv_bytes"] = decoded.kv_bytes.tolist()
         bar.update(len(part))
     bar.close()
     return pd.concat(frames, ignore_index=True)
@@ -116,7 +128,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row: accuracy (mean score) with its 95 % Wilson interval low..high, items, NFE and positions an item, TPF = generated
-    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far.
+    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far; kv_bytes an item where they were counted.
 
     The Wilson interval treats the mean score as a proportion: exact for 0/1 scores, conservative for scores between.
     """
@@ -125,7 +137,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         "accuracy": frame.score.mean(), "low": float(low), "high": float(high), "items": len(frame), "nfe": frame.forwards.mean(),
         "tpf": frame.tokens.sum() / frame.forwards.sum(), "tokens_per_s": frame.tokens.sum() / frame.seconds.sum(),
         "positions_fed": frame.positions_fed.mean(), "cpu_seconds": frame.cpu_seconds.mean(), "tokens": frame.tokens.mean(),
-        "peak_memory_gb": peak_memory_gb()}])
+        "peak_memory_gb": peak_memory_gb(), **({"kv_bytes": frame.kv_bytes.mean()} if "kv_bytes" in frame else {})}])
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 Each pair begins on a block border and is filled up with EOS to the next one, so that its blocks lie as decoding will lay them
 (LLaDA2.0 section 5.1; block-aligned EOS instead of padding to the full length, which would make EOS most of the targets).
-Entry point: `pack_pairs`.
+Entry points: `pack_pairs`, `unpack_pairs`.
 """
 
 from collections.abc import Iterable
@@ -53,3 +53,14 @@ def pack_pairs(pairs: Iterable[tuple[list[int], list[int]]], length: int, eos_to
             packed["maskable"][row, at + prompt:end] = True
             at = end
     return packed, left_out
+
+
+def unpack_pairs(rows: dict[str, torch.Tensor], eos_token_id: int) -> list[tuple[list[int], list[int]]]:
+    """The (prompt ids, response ids) that `pack_pairs` made `rows` of, in their order; a response ends before its first EOS."""
+    pairs = []
+    for ids, docs, maskable in zip(rows["input_ids"], rows["doc_ids"], rows["maskable"]):
+        for number in docs[docs != PADDING].unique_consecutive():
+            own = docs == number
+            response = ids[own & maskable].tolist()
+            pairs.append((ids[own & ~maskable].tolist(), response[:response.index(eos_token_id)]))
+    return pairs

@@ -305,6 +305,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         finished = log.exists()  # written last, after the model
     if finished:
         load_finished(model, folder / "model")
+        model.eval()  # as after training
         return pd.read_csv(log)
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
            "vocab_size": model.get_input_embeddings().weight.shape[0]}

@@ -23,7 +23,7 @@
 #
 # **Time.** Smoke: about 40 seconds. Profile nano: 20 minutes on half a core.
 #
-# **Outputs.** Up to four models under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `roofline.csv`, three figures.
+# **Outputs.** Up to five models under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, five figures.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -35,7 +35,7 @@ rounds = 1
 batch_size = 64
 max_new_tokens = 32
 chat = False
-arms = ["gated", "continued", "pipelined", "CARD"]
+arms = ["gated", "continued", "pipelined", "CARD", "full sequence"]
 steps = 4
 train_rows = 6
 lr = 0.001
@@ -49,6 +49,13 @@ pipeline = 4
 thresholds = [0.5, 0.9]
 draft = 0.5
 decoders = ["threshold", "factor", "wino + wino", "threshold + edit"]
+routes = ["dynamic"]
+full_length = 48
+caches = ["none", "dual"]
+cache_thresholds = [0.9]
+kv = ["all", "int4", "zap 0.5"]
+zap_texts = 16
+formats = ["float32", "bfloat16"]
 sizes = [1, 4]
 batches = [1]
 context = 32
@@ -63,8 +70,11 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, paths, roofline, tasks
-from hildalib.decoding import EditSettings, PipelineSettings, commit, revise
+from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, pairs, paths, roofline, tasks
+from hildalib import formats as weight_formats
+from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings
+from hildalib.decoding import commit, revise, staleness
+from hildalib.decoding.compression import Zap, knorm
 from hildalib.recipe import Recipe, arm
 from hildalib.training import train
 from hildalib.wsd import BlockSchedule
@@ -78,14 +88,15 @@ for name in ("dLLM", "AR twin"):
 size = models["dLLM"].config.hilda["block_size"]
 
 # %% [markdown]
-# ## Four more models
+# ## Five more models
 #
 # - *gated*: the twin is frozen; a LoRA that acts on noisy rows alone learns to draft blocks for it. Rows that are read, and rows that verify, stay the twin's to the last bit.
 # - *pipelined*: the dLLM goes on learning with blocks in groups, each seeing the unfinished blocks before it, with mask rates that rise (D2F).
 # - *CARD*: the twin goes on learning on noisy rows that are read causally. A causal model with masks: blocks cost no mask of attention and no copy, and a token never sees what stands right of it.
-# - *continued*: the dLLM with as many more steps of what it already does, the control of the other three.
+# - *full sequence*: the dLLM goes on as a model that sees its whole text in both directions, masks behind the block included (MDLM, LLaDA). Such a model has no exact cache; it is what Fast-dLLM's caches are for. Each pair is a row of its own, filled up with EOS, as many clean tokens a step as for the others.
+# - *continued*: the dLLM with as many more steps of what it already does, the control of the others.
 #
-# All see the pairs of notebook 03, in the same order, for the same number of steps.
+# All see the pairs of notebook 03 for the same number of steps.
 
 # %%
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed,
@@ -99,7 +110,10 @@ ways = {"gated": ("AR twin", replace(arm(recipe, "no T2T"), adapter_rank=rank, c
                                      kl_weight=kl_weight, causal_context=True)),
         "continued": ("dLLM", recipe),
         "pipelined": ("dLLM", replace(arm(recipe, "no T2T"), pipeline=pipeline)),
-        "CARD": ("AR twin", arm(recipe, "CARD"))}
+        "CARD": ("AR twin", arm(recipe, "CARD")),
+        "full sequence": ("dLLM", replace(
+            arm(recipe, "no T2T"), schedule=BlockSchedule(stable=(full_length, steps)), causal_context=False,
+            context_weight=0.0, batch_size=max(train_rows * rows["input_ids"].shape[1] // full_length, 1)))}
 
 
 def started(name: str):
@@ -110,9 +124,16 @@ def started(name: str):
     return model
 
 
+def seen(name: str) -> dict:
+    if name != "full sequence":
+        return rows
+    alone = pairs.unpack_pairs(rows, tokenizer.eos_token_id)
+    return pairs.pack_pairs(alone, full_length, tokenizer.eos_token_id, full_length)[0]
+
+
 for name in arms:
     models[name] = started(name)
-    train(models[name], tokenizer, rows, ways[name][1], folder / name, parent=models["AR twin"], title=name)
+    train(models[name], tokenizer, seen(name), ways[name][1], folder / name, parent=models["AR twin"], title=name)
 
 # %% [markdown]
 # ## One by one
@@ -121,7 +142,8 @@ for name in arms:
 #
 # - *S* and *Q* are its own, at the thresholds of notebook 04;
 # - *own AR text* is that of its block-size-1 mode: it drafts a block and keeps what that mode would have written (`self_speculate`);
-# - *twin's text*, by the gated adapter, is the twin's.
+# - *twin's text*, by the gated adapter, is the twin's;
+# - *S2D2* is Q with block size 1 as the judge of what is drafted, where a router expects that to pay; not lossless (below).
 
 # %%
 presets = artefacts.read_metrics(profile, "04_decode", seed)
@@ -135,6 +157,8 @@ contestants = {"AR twin": ("AR twin", one_by_one),
                "dLLM, own AR text": ("dLLM", evaluate.speculative(max_new_tokens))}
 if "gated" in arms:
     contestants["gated, twin's text"] = ("gated", evaluate.speculative(max_new_tokens))
+if routes:
+    contestants["dLLM, S2D2"] = ("dLLM", evaluate.routed(chosen["Q"], RoutedSettings(routes[0]), seed))
 
 
 def answers(name: str, decoder, split: str = "test", limit: int = items, batch: int = batch_size) -> pd.DataFrame:
@@ -160,6 +184,8 @@ print(alone[columns].round(2).to_string(index=False))
 # ## Everything on one model
 #
 # The published decoders differ in who is written and who is revised; each decodes the same test prompts, at its published constants. Revision rules work on drafts that are written carelessly (`draft`), for a good draft leaves them nothing to do. Nothing is chosen here, so nothing is tuned on test prompts.
+#
+# S2D2 stands beside editing, of which it has a share: the same edits at Q's threshold, and in some forwards a second one in which the model at block size 1 accepts a drafted run token by token, by a draw as published, or (ours) where the draft is its own choice. The model that reads in both directions is decoded with the keys of the whole text read anew in every forward, or once a block: then what stands before the block (prefix), and behind it too (dual), is as old as the block.
 
 # %%
 frequencies = commit.unigram(rows["input_ids"], models["dLLM"].get_input_embeddings().num_embeddings)
@@ -178,7 +204,17 @@ def rule_of(words: str) -> EditSettings:
 plan = [("", name, model, decoder) for name, (model, decoder) in contestants.items()]
 plan += [("who is revised" if "+" in words else "who is written", words, "dLLM",
           evaluate.diffusion(rule_of(words), seed)) for words in decoders]
-for name, tau in itertools.product(arms, thresholds):
+for tau in thresholds if routes else []:
+    edits = replace(chosen["Q"], tau_mask=tau)
+    plan.append(("judged by block size 1", "no judge", "dLLM", evaluate.diffusion(edits)))
+    for route, greedy in itertools.product(routes, (False, True)):
+        words = f"{route}, {'its choice' if greedy else 'a draw'}"
+        decoder = evaluate.routed(edits, RoutedSettings(route, greedy=greedy), seed)
+        plan.append(("judged by block size 1", words, "dLLM", decoder))
+for cache, tau in itertools.product(caches if "full sequence" in arms else [], cache_thresholds):
+    wide = RefreshedSettings(cache, tau_mask=tau, block_size=size, max_new_tokens=max_new_tokens)
+    plan.append(("reads in both directions", f"cache: {cache}", "full sequence", evaluate.refreshed(wide)))
+for name, tau in itertools.product([name for name in arms if name != "full sequence"], thresholds):
     decoder = evaluate.diffusion(replace(plain, tau_mask=tau, tau_edit=1.0))
     if name == "pipelined":
         open_blocks = PipelineSettings(tau_mask=tau, blocks=pipeline, max_new_tokens=max_new_tokens)
@@ -206,18 +242,90 @@ if len(tables) > 2:
     page = page.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
           "interval": "95 %, over seeds" if len(tables) > 2 else "95 % Wilson, over items"}
-figures.save(comparison.spending(page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]), "09_decoders", page,
-             profile=profile, seed=seed, provenance=origin)
-plt.show()
+own = ["judged by block size 1", "reads in both directions"]
+page = page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
+for name, part in {"09_decoders": page[~page.base.isin(own)], "09_judged": page[page.base.isin(["", *own])]}.items():
+    figures.save(comparison.spending(part), name, part, profile=profile, seed=seed, provenance=origin)
+    plt.show()
 
 # %% [markdown]
 # Are the two lossless ways lossless? Each text beside the text it must equal:
 
 # %%
-pairs = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin"}
+equal = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin"}
 same = {name: sum(map(str.__eq__, texts[name], texts[other])) / len(texts[name])
-        for name, other in pairs.items() if name in texts}
-print("\n".join(f"{name}: {share:.1%} of {items} texts are those of {pairs[name]}" for name, share in same.items()))
+        for name, other in equal.items() if name in texts}
+print("\n".join(f"{name}: {share:.1%} of {items} texts are those of {equal[name]}" for name, share in same.items()))
+
+# %% [markdown]
+# What does a cache cost that is as old as its block? The same canvas read with the cache and without, mask by mask: nats from the one to the other, and how often the favourite changes.
+
+# %%
+stale = pd.DataFrame()
+if "full sequence" in arms:
+    wide = RefreshedSettings(tau_mask=cache_thresholds[-1], block_size=size, max_new_tokens=max_new_tokens)
+    asked = [benchmark.prompt(item) for item in benchmark.items("test", limit=single_items, seed=0)]
+    asked = evaluate.worded(benchmark, tokenizer, asked, chat)
+    ids, real = evaluate.left_pad(tokenizer(asked, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    stale = pd.concat([staleness(models["full sequence"], ids, replace(wide, cache=cache), attention_mask=real)
+                      .query("age > 0").assign(cache=cache) for cache in caches if cache != "none"])
+    stale = stale.groupby("cache")[["kl", "changed"]].mean().join(stale.groupby("cache").size().rename("masks"))
+    print(stale.round(4).to_string())
+
+# %% [markdown]
+# ## What is kept of the committed text
+#
+# Keys and values of closed blocks are what grows with a text. They can be rounded (8 or 4 bits, per channel over the tokens of a block) or thinned: a share of the entries of each head goes when its block is closed, those with large keys (Knorm), or those of which a linear regression on the layer's input expects little (KVzap, fitted here on training texts). At these lengths nothing of it pays; what it does to the answers can be seen. Bytes are those of the committed part as packed; it is kept unpacked here, so the speed is that of the extra work alone.
+
+# %%
+texts_of = {split: artefacts.load_rows(profile, "01_data", f"sft-{split}", seed) for split in ("train", "validation")}
+span = full_length // size * size
+zap_ids = {}
+for split, part in texts_of.items():
+    one = (part["doc_ids"][:, :span] == part["doc_ids"][:, :1]).cumprod(1).sum(1)
+    width = int(one.mode().values)  # the usual length: texts without padding
+    zap_ids[split] = part["input_ids"][one >= width][:zap_texts, :width]
+zap = Zap.fit(models["dLLM"], zap_ids["train"])
+print("KVzap explains", ", ".join(f"{share:.0%}" for share in zap.r2(models["dLLM"], zap_ids["validation"])),
+      f"of the log importance in {len(zap_ids['validation'])} held-out texts, layer by layer")
+
+
+def kept_as(words: str) -> Compression:
+    if words == "all":
+        return Compression()
+    if words.startswith("int"):
+        return Compression(bits=int(words[3:]))
+    scorer, share = words.split()
+    return Compression(keep=float(share), scorer={"knorm": knorm, "zap": zap}[scorer])
+
+
+memory = []
+for words in kv:
+    frame = answers("dLLM", evaluate.diffusion(replace(chosen["Q"], kv=kept_as(words))))
+    memory.append(evaluate.summary(frame).assign(base="", arm=words.split()[0], kept=words, seed=seed))
+memory = pd.concat(memory, ignore_index=True).assign(kilobytes=lambda table: table.kv_bytes / 1e3)
+memory.to_csv(output / "kv.csv", index=False)
+print(memory[["kept", "kilobytes", "accuracy", "low", "high", "nfe", "tokens_per_s"]].round(3).to_string(index=False))
+figures.save(comparison.spending(memory, "kilobytes", "committed cache an item (kB)"), "09_kv", memory,
+             profile=profile, seed=seed, provenance={"profile": profile, "seed": seed, "items": items})
+plt.show()
+
+# %% [markdown]
+# ## Weights in fewer bits
+#
+# The same dLLM with other weights: what a forward over one block costs, what the weights take, and what Q answers. Fewer bits save memory traffic, of which a small model on a CPU has little; what has no kernel here says so. A compiled forward is one graph for one shape: a decode meets dozens (prompts, rows asked, slots in use), so compiling is timed on one and not used.
+
+# %%
+weighed = weight_formats.table(models["dLLM"], formats, size=size, context=context)
+for row in weighed.query("reason == '' and format != 'compiled'").index:
+    name = weighed.format[row]
+    models[name] = weight_formats.convert(models["dLLM"], name)
+    part = evaluate.summary(answers(name, evaluate.diffusion(chosen["Q"]))).iloc[0]
+    for column in ("accuracy", "low", "high", "tokens_per_s"):
+        weighed.loc[row, column] = part[column]
+    del models[name]
+weighed.to_csv(output / "formats.csv", index=False)
+print(weighed.round(3).to_string(index=False))
 
 # %% [markdown]
 # ## The two floors
@@ -254,6 +362,8 @@ plt.show()
 
 # %%
 artefacts.write_metrics({"identical": same, "speed": alone.to_dict("records"), "decoders": table.to_dict("records"),
+                         "staleness": stale.to_dict("index"), "kv": memory.to_dict("records"),
+                         "formats": weighed.to_dict("records"),
                          "machine": {"gflops": machine.flops / 1e9, "gb_per_s": machine.bandwidth / 1e9}},
                         profile, NOTEBOOK, seed, model=models["dLLM"])
 columns = ["base", "arm", "accuracy", "nfe", "tpf", "tokens_per_s"]

@@ -7,7 +7,9 @@ import torch
 from tiny import MASK, as_rows, text, tiny
 
 from hildalib import HildaError, attention, backbones
-from hildalib.decoding import EditSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, self_speculate
+from hildalib.decoding import EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, pipeline_decode, revise, self_speculate
+from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.forward import Forward, is_straight
 from hildalib.gated import gate, is_gated, read_clean
 from hildalib.layout import Layout, target_logits
 from hildalib.recipe import Recipe
@@ -111,6 +113,7 @@ def test_training_moves_the_adapter_only_and_disk_brings_it_back(pair, tmp_path)
     prompt, settings = torch.tensor([[5, 6, 7]]), EditSettings(tau_mask=0.3, tau_edit=0.3, max_new_tokens=12)
     assert is_gated(again) and again.config.hilda["causal_context"]
     for other in (again, finished):
+        assert is_straight(other)
         assert torch.equal(edit_decode(other, prompt, settings).ids, edit_decode(model, prompt, settings).ids)
     twin = ar_decode(parent, prompt, max_new_tokens=12).ids[0]
     assert torch.equal(self_speculate(again, prompt, max_new_tokens=12).ids[0, :len(twin)], twin)
@@ -206,3 +209,66 @@ def test_an_interrupted_run_of_adapters_ends_where_an_undisturbed_one_does(pair,
     log = train(model, tokenizer, rows, recipe, tmp_path / "cut")
     assert all(torch.equal(p, end[name]) for name, p in model.named_parameters())
     assert log.loss.tolist() == whole.loss.tolist()
+
+
+def one_forward(model, noisy, straight, **rows):
+    """Of two rows of 8 random tokens, [MASK] among them; (logits but for [MASK], last layer's keys)."""
+    forward, cache = Forward(model), BlockCache(8)
+    forward.straight &= straight
+    ids, positions = text(rows=2, length=8)[0], torch.arange(8).expand(2, -1)
+    ids[:, ::3] = MASK
+    with torch.inference_mode():
+        out = forward(ids, positions, attention.window(positions, cache.at(positions).used, 4), cache, noisy=noisy, **rows)
+        out[..., MASK] = 0
+    return out, cache.keys[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, None])
+def test_straight_lines_give_the_bits_of_clean_rows_and_the_numbers_of_noisy_ones(pair, share):
+    parent, model, _ = pair
+    noisy = None if share is None else torch.rand(2, 8, generator=torch.Generator().manual_seed(3)) < share
+    if share == 0.5:
+        noisy[:, 0] = False
+        noisy[0, 1], noisy[1, 2] = True, False  # out of order, in both rows
+    (ours, keys), (theirs, expected) = (one_forward(model, noisy, straight, wanted=None) for straight in (True, False))
+    assert is_straight(model)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=1e-5)
+    if not share:
+        table = model.get_input_embeddings().token_adapter
+        with torch.no_grad():
+            parent.get_input_embeddings().weight[MASK] = table.trainable_tokens_delta["default"][0]
+        for mine, parents in zip((ours, keys), one_forward(parent, noisy, True, wanted=None)):
+            assert torch.equal(mine, parents)
+    real, wanted = torch.ones(2, 8, dtype=torch.bool), torch.tensor([1, 2, 7, 8, 9, 12])
+    real[1, 5:] = False
+    asked = torch.tensor([True, False, True, True, True, False])
+    part, _ = one_forward(model, noisy, True, wanted=wanted, real=real, asked=asked)
+    torch.testing.assert_close(part[:3][asked[:3]], ours[wanted[:3]][asked[:3]], atol=1e-5, rtol=1e-5)  # of the row without padding
+    some, _ = one_forward(model, noisy, True, wanted=wanted)
+    torch.testing.assert_close(some, ours[wanted], atol=1e-5, rtol=1e-5)
+
+
+def test_decoders_write_the_same_in_straight_lines_and_through_peft(pair, monkeypatch):
+    _, model, _ = pair
+    prompts, real = torch.tensor([[2, 2, 5, 6, 7], [9, 5, 6, 7, 8], [2, 2, 2, 2, 9]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    rules = [revise.RULES[name]() for name in ("edit", "wino", "t2m")]
+    decoders = [lambda r=r: edit_decode(model, prompts, EditSettings(tau_mask=0.5, revise=r, max_post_steps=3, max_new_tokens=15), attention_mask=real) for r in rules]
+    decoders += [lambda: self_speculate(model, prompts, attention_mask=real, max_new_tokens=15),
+                 lambda: pipeline_decode(model, prompts, PipelineSettings(tau_mask=0.4, max_new_tokens=15), attention_mask=real),
+                 lambda: edit_decode(model, prompts, EditSettings(block_size=1, tau_edit=2.0, max_new_tokens=9), attention_mask=real)]
+    found = [decode() for decode in decoders]
+    monkeypatch.setattr("hildalib.decoding.forward.is_straight", lambda model: False)
+    for out, decode in zip(found, decoders):
+        expected = decode()
+        for name in ("ids", "forwards", "positions_fed"):
+            assert torch.equal(getattr(out, name), getattr(expected, name))
+        assert not (out.ids == MASK).any()
+
+
+def test_foreign_adapters_keep_their_own_forward(pair):
+    _, model, _ = pair
+    model.base_model.merge_adapter()
+    assert not is_straight(model)
+    model.base_model.unmerge_adapter()
+    assert is_straight(model) and not is_straight(model.train())

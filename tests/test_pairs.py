@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from hildalib import HildaError
-from hildalib.pairs import pack_pairs
+from hildalib.pairs import pack_pairs, unpack_pairs
 
 
 def picture(row, maskable=False):
@@ -51,3 +51,9 @@ def test_rows_have_the_types_that_training_takes():
     rows, _ = pack_pairs([([5], [6])] * 3, 8, 0, 4)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in rows.items()} == {
         "input_ids": (torch.long, (2, 8)), "doc_ids": (torch.long, (2, 8)), "maskable": (torch.bool, (2, 8))}
+
+
+def test_pairs_come_back_as_they_went_in():
+    pairs = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8, 9, 5, 6]), ([9, 9], [])]
+    for size in (2, 4, 12):
+        assert unpack_pairs(pack_pairs(pairs, 12, 0, size)[0], 0) == pairs

@@ -49,6 +49,13 @@ class BlockCache:
         self.keys[layer], self.values[layer] = keys, values
         self.views[layer] = keys.flatten(0, 1), values.flatten(0, 1), keys.transpose(1, 2), values.transpose(1, 2)
 
+    def note(self, index: Tensor, hidden: Tensor, keys: Tensor, layer: int) -> None:
+        """Told by `Forward` before a write, with the attention inputs (N, D) that keys (N, heads, D_head) were made from; a plain cache has no use for it."""
+
+    def bias(self, bias: Tensor | None, layer: int, heads: int) -> Tensor | None:
+        """What is added to the scores of a layer of so many heads, `bias` (b, 1, Q, slots in use) being the mask's; here that alone."""
+        return bias
+
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         """Called by the attention layers of Transformers with keys and values of all positions, (B, heads, Q, D_head)."""
         return self.write(self.index, keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1), layer)

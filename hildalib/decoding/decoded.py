@@ -15,12 +15,14 @@ from hildalib.decoding.trace import Trace
 @dataclass(frozen=True)
 class Decoded:
     """ids (B, T) long: generated tokens only, EOS-padded on the right. forwards (B,): forwards each row took part in,
-    prefill and commits included. positions_fed (B,): positions it fed in them. trace: what happened, if asked for."""
+    prefill and commits included. positions_fed (B,): positions it fed in them. trace: what happened, if asked for.
+    kv_bytes (B,): of the committed cache of a row when it was last read, if `EditSettings.kv` asks for it."""
 
     ids: Tensor
     forwards: Tensor
     positions_fed: Tensor
     trace: Trace | None = None
+    kv_bytes: Tensor | None = None
 
 
 def eos_ids(model) -> list[int]:

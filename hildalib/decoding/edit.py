@@ -39,7 +39,7 @@ class BlockLoop:
         check_context(model, int(self.ends.max()))
         self.canvas = blank(prompt_ids, lengths, slots, self.mask_id)
         self.eos = torch.tensor(eos_ids(model), dtype=torch.long, device=device)
-        self.reader = Reader(model, self.canvas, size, self.revise)
+        self.reader = Reader(model, self.canvas, size, self.revise, settings.kv)
         self.start = lengths // size * size  # where each row's current block begins
         self.post = torch.zeros_like(self.start)  # forwards spent on the block since its last mask went
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -212,4 +212,4 @@ def edit_decode(model, prompt_ids: Tensor, settings: EditSettings, *, attention_
     while len(state.live):
         state.step()
     return Decoded(completion(state.canvas, lengths, settings.max_new_tokens, state.eos), state.reader.forwards, state.reader.fed,
-                   state.recorder.trace() if state.recorder else None)
+                   state.recorder.trace() if state.recorder else None, state.reader.kv_bytes)

@@ -1,8 +1,8 @@
 """One cached forward of a decode: the logits of the rows that are asked for.
 
 A plain Llama, Qwen2 or Qwen3 goes in straight lines: the numbers of Transformers' modules, without what decoding a small model mostly pays
-for: calls of modules, keys repeated for grouped heads, masks converted in each layer, rows that nobody asked for. Any other model (gated, with
-adapters, of another family) runs its own forward. Entry point: `Forward`.
+for: calls of modules, keys repeated for grouped heads, masks converted in each layer, rows that nobody asked for. So does a gated one, its
+clean rows first (`adapters`). Any other model (of another family, quantised under its adapters) runs its own forward. Entry point: `Forward`.
 """
 
 from functools import partial
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hildalib import attention
+from hildalib.decoding import adapters
 from hildalib.decoding.cache import BlockCache
 from hildalib.gated import is_gated, noisy_rows
 from hildalib.layout import selected_rows
@@ -22,8 +23,9 @@ STRAIGHT = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")  # class
 
 def is_straight(model) -> bool:
     """Whether `model` is a decoder as `Forward` writes it: of one of these classes, in evaluation, on one device, with SDPA over all positions."""
-    config, name = model.config, type(model)
-    return (name.__name__ in STRAIGHT and name.__module__.startswith("transformers.") and not model.training and not is_gated(model)
+    gated = is_gated(model)
+    config, name = model.config, type(model.get_base_model() if gated else model)
+    return (name.__name__ in STRAIGHT and name.__module__.startswith("transformers.") and not model.training and (not gated or adapters.fits(model))
             and not hasattr(model, "_hf_hook")  # Accelerate's, which fetches weights from other devices
             and config._attn_implementation in ("sdpa", attention.TILED) and {*(getattr(config, "layer_types", None) or [])} <= {"full_attention"})
 
@@ -34,58 +36,73 @@ class Forward:
 
     Returns (n, V) logits of the rows wanted (n,) of the flattened (b Q), None for all of them. real (b, Q) bool: rows that are there for
     their own sake; the others only fill up the batch, and are not wanted or not asked. asked (n,) bool: the wanted rows whose logits
-    matter, all of them real; the others may come out as zeros. noisy (b, Q) bool: rows on which the adapters of a gated model act.
+    matter, all of them real; the others may come out as zeros. noisy (b, Q) bool: rows on which the adapters of a gated model act, None for none
+    (in straight lines the logit of [MASK], which no decoder looks at, is the parent's).
     carried (b, n, D): added to the embeddings of the first n columns.
     """
 
     def __init__(self, model):
-        self.model, self.straight = model, is_straight(model)
-        if self.straight:
-            self.rotary, self.turns = model.model.rotary_emb, None
-            self.layers = [_layer(layer) for layer in model.model.layers]
-            self.norm, self.head = _norm(model.model.norm), _function(model.lm_head)
+        self.model, self.straight, self.gate, self.embedding = model, is_straight(model), None, model.get_input_embeddings()
+        if not self.straight:
+            return
+        if is_gated(model):
+            self.gate, self.embedding, model = adapters.Gate(model), adapters.Gate.embedding(model), model.get_base_model()
+        self.rotary, self.turns = model.model.rotary_emb, None
+        self.layers = [_layer(layer, self.gate) for layer in model.model.layers]
+        head = model.lm_head.token_adapter.base_layer if hasattr(model.lm_head, "token_adapter") else model.lm_head
+        self.norm, self.head = _norm(model.model.norm), _function(head)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
                  asked: Tensor | None = None, noisy: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
         if self.straight:
-            return self._straight(ids, positions, mask, cache, wanted, real, asked, carried)
+            return self._straight(ids, positions, mask, cache, wanted, real, asked, carried, noisy)
         wanted = torch.arange(ids.numel(), device=ids.device) if wanted is None else wanted
         with selected_rows(self.model, wanted), noisy_rows(self.model, noisy):
             source = {"input_ids": ids} if carried is None else {"inputs_embeds": self._embedded(ids, carried)}
             return self.model(**source, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
 
     def _straight(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, real: Tensor | None,
-                  asked: Tensor | None, carried: Tensor | None) -> Tensor:
+                  asked: Tensor | None, carried: Tensor | None, noisy: Tensor | None) -> Tensor:
         """Rows are packed: the real ones outside attention, the asked ones in the last layer once the keys are written."""
-        shape, slots, turns, rows, packed = ids.shape, cache.index, positions.flatten(), None, wanted
-        x = self._embedded(ids, carried).flatten(0, 1)
-        if asked is not None:
-            packed = asked.nonzero()[:, 0] if wanted is None else wanted[asked]
-        ends = packed
-        if real is not None:
-            rows, packed = real.flatten().nonzero()[:, 0], (real.flatten().cumsum(0) - 1)[ends]
+        shape, slots, turns, rows = ids.shape, cache.index, positions.flatten(), None if real is None else real.flatten().nonzero()[:, 0]
+        ends = wanted if asked is None else asked.nonzero()[:, 0] if wanted is None else wanted[asked]
+        cut = last = ids.numel()
+        back = turned = None
+        if self.gate and noisy is not None:
+            rows, cut, turned = _clean_first(rows, noisy.flatten())
+            ends, last, back = (ends, cut, turned) if ends is None else _clean_first(ends, noisy.flatten())
+        x, packed = self._embedded(ids, carried).flatten(0, 1), ends
+        if rows is not None:
             x, turns, slots = x[rows], turns[rows], slots[rows]
+            packed = None if ends is None else torch.empty(shape.numel(), dtype=torch.long, device=rows.device).index_copy_(
+                0, rows, torch.arange(len(rows), device=rows.device))[ends]
+        if self.gate:
+            self.gate.cut = cut
         cos, sin = self._turns(x, turns, cache.slots)
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for number, layer in enumerate(self.layers):
             count, h = x.shape[0], layer.norm(x)
             keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)
+            cache.note(slots, h, keys, number)
             keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
             if number == len(self.layers) - 1 and packed is not None:
                 x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
+                if self.gate:
+                    self.gate.cut = last
             queries = _rotate(layer.norm_q(layer.q(h).view(count, layer.heads, layer.width)), cos, sin)
-            read = _attend(_spread(queries, rows, shape), keys, values, bias).transpose(1, 2).reshape(shape.numel(), -1)
+            read = _attend(_spread(queries, rows, shape), keys, values, cache.bias(bias, number, layer.heads)).transpose(1, 2).reshape(shape.numel(), -1)
             x = layer.o(read if rows is None else read[rows]).add_(x)
             h = layer.norm_after(x)
             x = layer.down(layer.act(layer.gate(h)).mul_(layer.up(h))).add_(x)
         logits = self.head(self.norm(x))
+        logits = logits if back is None else logits[back]
         if asked is None:
             return logits
         return logits.new_zeros(asked.shape[0], logits.shape[1]).index_put_((asked,), logits)
 
     def _embedded(self, ids: Tensor, carried: Tensor | None) -> Tensor:
         """(b, Q, D) input embeddings of ids (b, Q), `carried` (b, n, D) added to the first n."""
-        embeds = self.model.get_input_embeddings()(ids)
+        embeds = self.embedding(ids)
         return embeds if carried is None else embeds + F.pad(carried, (0, 0, 0, ids.shape[1] - carried.shape[1])).to(embeds.dtype)
 
     def _turns(self, x: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -103,19 +120,32 @@ class Forward:
         return self.turns[positions].unbind(1)
 
 
-def _layer(layer) -> SimpleNamespace:
+def _clean_first(index: Tensor | None, noisy: Tensor) -> tuple[Tensor | None, int, Tensor | None]:
+    """(index, clean ones, way back): index (n,) of the flattened rows, None for all, in an order that has those not `noisy` first; None for
+    what there is no need of."""
+    chosen = noisy if index is None else noisy[index]
+    cut = len(chosen) - int(chosen.sum())
+    if not chosen[:cut].any():
+        return index, cut, None
+    order = chosen.byte().argsort(stable=True)
+    return order if index is None else index[order], cut, order.argsort()
+
+
+def _layer(layer, gate: adapters.Gate | None) -> SimpleNamespace:
     """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
     at, mlp = layer.self_attn, layer.mlp
     parts = {"q": at.q_proj, "k": at.k_proj, "v": at.v_proj, "o": at.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
     return SimpleNamespace(width=at.head_dim, heads=at.config.num_attention_heads, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
                            norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
-                           norm_k=_norm(getattr(at, "k_norm", None)), **{name: _function(part) for name, part in parts.items()})
+                           norm_k=_norm(getattr(at, "k_norm", None)),
+                           **{name: gate and gate.function(part) or _function(part) for name, part in parts.items()})
 
 
 def _function(module):
     """A linear layer that is just that, as a matmul (which takes half the time of F.linear at a row or two); anything else (quantised, with an
     adapter or a hook) as it is."""
-    if type(module) is not torch.nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    plain = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter  # torchao quantises the weight inside its layer
+    if not plain or module._forward_hooks or module._forward_pre_hooks:
         return module
     bias, weight = module.bias, module.weight.t()
     return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hildalib import attention
+from hildalib import HildaError, attention
 from hildalib.decoding import shadow
 from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.compression import CompressedCache, Compression
 from hildalib.decoding.forward import Forward
 from hildalib.gated import is_gated
 
@@ -53,7 +54,7 @@ class _Part:
 class Reader:
     """The model, its cache and its account. Everything is in rows of the batch that still run, b of them."""
 
-    def __init__(self, model, canvas: Tensor, size: int, revision=None):
+    def __init__(self, model, canvas: Tensor, size: int, revision=None, kv: Compression | None = None):
         record = model.config.hilda
         self.forward = Forward(model)
         self.model, self.size, self.revision, self.length = model, size, revision, canvas.shape[1]
@@ -61,10 +62,14 @@ class Reader:
         self.causal = record.get("causal_context", False) and size > 1  # blocks of one are causal anyway
         self.seen = 1 if record.get("causal_blocks") else size  # what a row of an open block sees, in steps of this many positions
         self.shadow_at = 2 * size + self.causal * size  # its keys go behind whatever else stands behind the committed slots
-        self.cache = BlockCache(self.length + self.causal * 2 * size + (3 * size if revision and revision.shadow else 0))
+        slots = self.length + self.causal * 2 * size + (3 * size if revision and revision.shadow else 0)
+        self.cache = BlockCache(slots) if kv is None else CompressedCache(slots, kv, size)
+        if kv is not None and not self.forward.straight:
+            raise HildaError("a compressed cache needs a plain Llama, Qwen2 or Qwen3 in evaluation, under SDPA; leave EditSettings(kv=...) out")
         self.carry: Tensor | None = None  # (b, V) logits of the last committed position, which predict the next block's first
         self.forwards = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
         self.fed = torch.zeros_like(self.forwards)
+        self.kv_bytes = None if kv is None else torch.zeros_like(self.forwards)
         self.columns = torch.arange(self.cache.slots, device=canvas.device)
         self.triple = _triple(size, canvas.device) if self.causal else None
 
@@ -145,6 +150,8 @@ class Reader:
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
             return self._prefill(canvas, start)
+        if self.kv_bytes is not None:
+            self.kv_bytes[live] = self.cache.settle(start)
         begins, shadows = bool(ahead.any()), bool(shadowed.any())
         fed = size * (1 + ahead.long() + (ahead & ~spent).long() * self.causal) if begins else size
         self.count(live, fed + shadowed.long() * shadow.count(size, self.shift) if shadows else fed)

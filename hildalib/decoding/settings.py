@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding import commit as commits, revise as revisions
+from hildalib.decoding.compression import Compression
 from hildalib.decoding.rules import Block
 from hildalib.residual import Residual, Smoothing
 
@@ -30,6 +31,8 @@ class EditSettings:
     residual: what a mask carries from one forward of its block to the next (`hildalib.residual`); None is the plain [MASK]. The first
     forward of a block has none (a cold start); a position's is gone once it is written, and comes anew if it goes back to [MASK].
 
+    kv: how committed keys and values are kept (`decoding.compression`); None: as they are. Not with look_back, which writes them again.
+
     Every decode ends: each forward of a block with masks writes at least one, a position is a mask at most 1 + max_remasks
     times, and a block may be without masks after at most max_post_steps + 1 forwards. So a block of K costs at most
     (1 + max_remasks) * K + max_post_steps + 1 forwards (+ 2 with look_back), its commit included."""
@@ -48,6 +51,7 @@ class EditSettings:
     sub_block: int | None = None
     max_remasks: int = 1  # Token-to-Mask (arXiv 2604.18738) lets a position go back once
     residual: Residual | Smoothing | None = None
+    kv: Compression | None = None
 
     def __post_init__(self):
         for name in ("tau_mask", "tau_edit", "temperature"):
@@ -56,6 +60,8 @@ class EditSettings:
         for name, low in (("max_new_tokens", 1), ("minimum", 1), ("max_post_steps", 0), ("look_back", 0), ("max_remasks", 0)):
             if getattr(self, name) < low:
                 raise HildaError(f"{name} = {getattr(self, name)} must be at least {low}")
+        if self.kv is not None and self.look_back:
+            raise HildaError("look_back writes committed blocks again, which `kv` has compressed; use one of the two")
         for name, otherwise in (("block_size", "the model's own"), ("sub_block", "no sub-blocks")):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise HildaError(f"{name} = {getattr(self, name)} must be at least 1, or None for {otherwise}")

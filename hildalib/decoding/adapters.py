@@ -1,0 +1,55 @@
+"""The layers of a gated model as functions of rows of which the clean ones come first: W x for those, W x + s B A x behind them.
+
+Both halves share one matmul with W, so that clean rows have the parent's numbers and W is read once; weights merged beforehand, W + s B A beside W, would
+be read twice as much. Entry points: `Gate` (its `cut` is the number of clean rows of a forward), `fits`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _layers(model) -> list:
+    """Those with adapters, sought once: a walk through the modules takes as long as a small forward."""
+    if "layers" not in model.row_gate:
+        model.row_gate["layers"] = [part for part in model.modules() if hasattr(part, "lora_A") and hasattr(part, "base_layer")]
+    return model.row_gate["layers"]
+
+
+def fits(model) -> bool:
+    """Whether the adapters of `model`, gated, are as `backbones.with_lora` makes them: plain LoRA over plain layers, and a row for [MASK]."""
+    embedding = getattr(model.get_input_embeddings(), "token_adapter", None)
+    one = embedding is not None and list(embedding.token_indices.values()) == [[model.config.hilda["mask_token_id"]]] and not embedding.merged
+    return one and type(embedding.base_layer) is torch.nn.Embedding and all(
+        type(part.base_layer) is torch.nn.Linear and part.active_adapters == ["default"] and not part.merged and not part.disable_adapters
+        and not getattr(part, "lora_variant", None) and part.lora_B["default"].bias is None for part in _layers(model))
+
+
+class Gate:
+    """cut: how many rows of what comes in, its first ones, are clean; set before each forward."""
+
+    def __init__(self, model):
+        self.cut, self.parts = 0, set(_layers(model))
+
+    def function(self, part):
+        """A layer with an adapter as a function (N, in) -> (N, out); None for any other module."""
+        if part not in self.parts:
+            return None
+        weight, bias, scaling = part.base_layer.weight.t(), part.base_layer.bias, part.scaling["default"]
+        down, up = (parts["default"].weight.t() for parts in (part.lora_A, part.lora_B))
+
+        def run(x: Tensor) -> Tensor:
+            out = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+            if self.cut < len(x):
+                noisy = x[self.cut:].to(down.dtype)
+                out[self.cut:].add_(torch.mm(torch.mm(noisy, down), up), alpha=scaling)
+            return out
+
+        return run
+
+    @staticmethod
+    def embedding(model):
+        """Ids (b, Q) -> (b, Q, D), the trained row at [MASK]; peft would copy the whole table first."""
+        adapter, mask_id = model.get_input_embeddings().token_adapter, model.config.hilda["mask_token_id"]
+        table, row = adapter.base_layer.weight, adapter.trainable_tokens_delta["default"][0]
+        return lambda ids: torch.where((ids == mask_id)[..., None], row.to(table.dtype), F.embedding(ids, table))
