@@ -67,19 +67,19 @@ class Desk:
         return self._follow(request, self.batcher.submit(ids, choices, stops, bool(wish.stream)))
 
     async def _follow(self, request: Request, ticket) -> AsyncIterator[Step | Answer]:
-        left, events = asyncio.ensure_future(_disconnected(request)), ticket.events()
+        left, event, coming = asyncio.ensure_future(_disconnected(request)), None, None
         try:
-            while True:
-                coming = asyncio.ensure_future(anext(events, None))
+            while not isinstance(event, Answer):
+                coming = asyncio.ensure_future(ticket.mail.get())
                 await asyncio.wait({coming, left}, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
-                    coming.cancel()
                     raise Gone
-                if (event := coming.result()) is None:
-                    return
+                if isinstance(event := coming.result(), Exception):
+                    raise event
                 yield event
         finally:
-            left.cancel()
+            for task in filter(None, (left, coming)):
+                task.cancel()
             self.batcher.cancel(ticket)
 
     async def answer(self, events: AsyncIterator[Step | Answer]) -> Answer:

@@ -15,7 +15,7 @@ LOG = logging.getLogger("hildalib.serving")
 
 
 class Ticket:
-    """A request in the queue or in a batch. `events` yields its `Step`s, if asked for, and its `Answer`, or raises what went wrong."""
+    """A request in the queue or in a batch. mail: its `Step`s, if asked for, and its `Answer`, or the exception of what went wrong, last."""
 
     def __init__(self, ids: list[int], choices: Choices, stops: tuple[str, ...], steps: bool):
         self.ids, self.choices, self.stops, self.steps = ids, choices, stops, steps
@@ -27,16 +27,6 @@ class Ticket:
             self.loop.call_soon_threadsafe(self.mail.put_nowait, event)
         except RuntimeError:
             self.gone = True
-
-    async def events(self):
-        """The events as they come, the `Answer` last."""
-        while True:
-            event = await self.mail.get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            if isinstance(event, Answer):
-                return
 
 
 class Batcher:

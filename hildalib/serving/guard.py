@@ -17,6 +17,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error",
          408: "timeout_error", 409: "conflict_error", 413: "request_too_large", 415: "invalid_request_error", 422: "invalid_request_error",
          429: "overloaded_error", 503: "unavailable_error"}
+DRAINED = 8  # body limits that are read and dropped, so that a client who is still sending gets to read its 413
 BODY_SECONDS = 30  # a client that takes longer to send what fits into the body limit holds a connection for nothing
 
 
@@ -137,17 +138,18 @@ class Guard:
     async def _read(self, headers: dict[str, list[str]], receive) -> bytes:
         too_large = Refused(413, f"the body is larger than {self.limits.body} bytes; send less, or start the server with a larger --max-body", "body_too_large")
         declared = headers.get("content-length", ["0"])[0]
-        if not declared.isdecimal() or len(declared) > 18 or int(declared) > self.limits.body:
-            raise too_large
-        parts, size = [], 0
+        parts, size, over = [], 0, not declared.isdecimal() or len(declared) > 18 or int(declared) > self.limits.body
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refused(400, "the client left before its body was complete", "incomplete_body")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self.limits.body:
+            size += len(message.get("body", b""))
+            over = over or size > self.limits.body
+            if over:
+                parts = []
+            if over and (size > DRAINED * self.limits.body or not message.get("more_body")):
                 raise too_large
+            parts.append(message.get("body", b""))
             if not message.get("more_body"):
                 return b"".join(parts)
 
