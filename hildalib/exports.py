@@ -5,6 +5,7 @@ attention mask is an input, hence AR and block diffusion. int8: eight-bit linear
 its weights. Entry points: `export`, `Exported`, `FORMS`.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -228,14 +229,15 @@ def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
             continue
         table = tensor.float().numpy()
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if family == "llama" and f".{part}." in name:  # gguf's Llama turns neighbours, Hugging Face's turns halves
-                table = table.reshape(heads, 2, width // 2, *table.shape[1:]).swapaxes(1, 2).reshape(table.shape)
+            if family == "llama" and f".{part}." in name:
+                table = turned(table, heads)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), table)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    back = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf").eval()
+    # The reader takes the width of a Qwen3 head for 128, whatever the file says; the config says it too.
+    back = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", config=copy.deepcopy(config)).eval()
     sample, note = "12+34=46; The cat sat.", "the file holds the weights; diffusion needs hildalib and the record in config.json, key hilda"
     try:
         same = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")(sample)["input_ids"] == tokenizer(sample)["input_ids"]
@@ -245,6 +247,11 @@ def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     return _compared("gguf", folder, _logits(back, masked=False), _logits(model, masked=False), note)
+
+
+def turned(table, heads: int):
+    """Rows of a query or key projection, numpy (heads * width, ...), as gguf's Llama wants them: it rotates neighbours, Hugging Face's halves."""
+    return table.reshape(heads, 2, len(table) // heads // 2, *table.shape[1:]).swapaxes(1, 2).reshape(table.shape)
 
 
 def _gguf_tokenizer(writer, tokenizer, rows: int, split: str) -> None:

@@ -140,9 +140,13 @@ class Crowd:
 
 
 def stress(url: str, clients: int = 64, minutes: float = 5.0, token: str | None = None, new: int = 32) -> int:
-    """Runs the crowd against `url`, prints the table, returns 0 if nothing was wrong."""
+    """Runs the crowd against `url`, prints the table, returns 0 if nothing was wrong, 2 if nobody answers."""
     crowd = Crowd(url, {"authorization": f"Bearer {token}"} if token else {}, new)
-    tally = asyncio.run(crowd.run(clients, 60 * minutes))
+    try:
+        tally = asyncio.run(crowd.run(clients, 60 * minutes))
+    except httpx.ConnectError:
+        print(f"error: nobody answers at {url}; start `hilda serve` first, or give another --url", file=sys.stderr)
+        return 2
     print(f"{clients} clients, {60 * minutes:.0f} s, {sum(tally.statuses.values())} requests\n")
     print(f"{'request':<18}{'status':<22}{'count':>8}")
     for (kind, status), count in sorted(tally.statuses.items()):

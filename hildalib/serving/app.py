@@ -253,5 +253,6 @@ def serve(model: str, *, host: str = "127.0.0.1", port: int = 8000, token: str |
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
                             timeout_graceful_shutdown=5, h11_max_incomplete_event_size=1 << 16, ws="none")
     LOG.info("%s on http://%s:%d%s; Ctrl-C ends it", app.app.state.desk.engine.name, f"[{host}]" if ":" in host else host, port, ", token needed" if token else "")
-    uvicorn.Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once more when all is put away
+        uvicorn.Server(config).run()
     return 0
