@@ -1,6 +1,7 @@
 """The server: every route, every error in one shape, batched = alone, clients that leave, names of hosts, tokens, hostile bodies, jobs."""
 
 import asyncio
+import gc
 import json
 import socket
 import sys
@@ -409,3 +410,28 @@ def test_the_worker_and_its_queue_end_with_the_server(engine):
     desk = application.Desk(engine, LIMITS)
     desk.batcher.stop()
     assert not desk.batcher.worker.is_alive()
+
+
+def test_nothing_is_kept_of_requests_that_are_over(live):
+    url, desk = live
+
+    async def some(count):
+        async with httpx.AsyncClient(timeout=60) as client:
+            for n in range(count):
+                body = {"prompt": f"{n % 10}+2=", "max_new_tokens": 8}
+                await asyncio.gather(client.post(f"{url}/generate", json=body), client.post(f"{url}/generate", json=body | {"stream": True}),
+                                     client.post(f"{url}/v1/completions", json={"prompt": 7}), client.post(f"{url}/v1/completions", content=b"{"))
+                leaving = asyncio.ensure_future(client.post(f"{url}/generate", json=body))
+                await asyncio.sleep(0.002 * (n % 4))
+                leaving.cancel()
+        await asyncio.to_thread(_until, lambda: not desk.batcher.running and not desk.batcher.waiting)
+        await asyncio.sleep(0.3)
+
+    def held():
+        gc.collect()
+        return len(gc.get_objects())
+
+    asyncio.run(some(10))
+    before = held()
+    asyncio.run(some(40))
+    assert held() - before < 100  # 200 requests; each would leave dozens of objects

@@ -172,7 +172,7 @@ def create_app(engine: Engine, limits: Limits = Limits(), host: str = "127.0.0.1
     @app.get("/jobs/{number}")
     async def job(number: int) -> dict:
         found: Job = desk.jobs.find(number)
-        return found.facts() | {"output": list(found.lines)}
+        return found.facts() | {"output": [line for _, line in list(found.lines)]}
 
     @app.get("/jobs/{number}/watch")
     async def follow(number: int):

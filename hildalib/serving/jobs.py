@@ -61,7 +61,7 @@ class Job:
     def __init__(self, number: int, order: Order, command: list[str]):
         self.number, self.order, self.stopping = number, order, False
         self.started, self.ended = _now(), None
-        self.lines, self.count = deque(maxlen=LINES), 0  # count: lines ever written
+        self.lines, self.count = deque(maxlen=LINES), 0  # (number, line) of the last ones; lines ever written
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))}
         self.process = subprocess.Popen(command, cwd=paths.ROOT, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name == "posix")
@@ -70,7 +70,7 @@ class Job:
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n")[:2000])
+            self.lines.append((self.count, line.rstrip("\n")[:2000]))
             self.count += 1
         self.process.wait()
         self.ended = _now()
@@ -135,13 +135,13 @@ class Jobs:
 
 async def watch(job: Job):
     """NDJSON: a line {"line": ...} for each line of output, those of before first, and the job's facts at its end."""
-    told = max(0, job.count - len(job.lines))
+    told = 0
     while True:
-        ended = job.ended is not None
-        lines, count = list(job.lines), job.count
-        for line in lines[len(lines) - min(len(lines), count - told):]:
-            yield json.dumps({"line": line}) + "\n"
-        told = count
+        ended = job.ended is not None  # asked first: what is written until then is told below
+        for number, line in list(job.lines):
+            if number >= told:
+                told = number + 1
+                yield json.dumps({"line": line}) + "\n"
         if ended:
             yield json.dumps(job.facts()) + "\n"
             return
