@@ -82,7 +82,8 @@ class Engine:
 
     def __init__(self, model, tokenizer):
         if not (getattr(model.config, "hilda", None) or {}).get("block_size"):
-            raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of its `model`")
+            raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of "
+                             "its `model`")
         self.model, self.tokenizer, self.context = model, tokenizer, backbones.context_limit(model)
         self.eos, self.name = eos_ids(model), Path(str(model.name_or_path)).name or "hilda"
 
@@ -150,7 +151,8 @@ class Engine:
     def _decode(self, prompts, choices: Choices, stops, steps: bool, gone) -> Iterator[tuple[int, Step | Answer]]:
         device = self.model.device
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-        padded = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in prompts], batch_first=True, padding_value=self.eos[0], padding_side="left")
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in prompts]
+        padded = pad_sequence(rows, batch_first=True, padding_value=self.eos[0], padding_side="left")
         state = BlockLoop(self.model, padded.to(device), lengths, choices.settings(), torch.Generator().manual_seed(choices.seed), False)
         waiting, left, texts, begins = set(range(len(prompts))), set(), [""] * len(prompts), [len(ids) for ids in prompts]
         while waiting:
@@ -230,11 +232,12 @@ def dinfer_fault(folder: str | Path) -> str:
 class DInferEngine(Engine):
     """LLaDA2 checkpoints through dInfer (github.com/inclusionAI/dInfer, v0.2): background processes on the GPUs, one threshold.
 
-    Call shapes as its repository shows them: `SamplingParams(threshold=, cache=, temperature=, early_stop=, use_bd=, parallel_decoding=, max_length=,
-    mask_id=, eos_id=)`, `DiffusionLLMServing(folder, model_type=, sample_params=, num_gpus=, dp_size=, tpep_size=, backend=)`, `.generate(ids (b, L)
-    long, gen_length=, block_length=)` -> (b, L') prompts and texts, EOS-padded, `.num_forwards`, `.stop_serving()`. Tested against a stand-in with these
-    shapes only, never against dInfer itself. Not established, hence not used: how prompts of different lengths share a batch (each
-    is decoded alone); whether gen_length counts the prompt (read as: no). v0.2 has no editing, so tau_edit must be 1; its threshold is fixed at the start.
+    Call shapes as its repository shows them: `SamplingParams(threshold=, cache=, temperature=, early_stop=, use_bd=, parallel_decoding=,
+    max_length=, mask_id=, eos_id=)`, `DiffusionLLMServing(folder, model_type=, sample_params=, num_gpus=, dp_size=, tpep_size=, backend=)`,
+    `.generate(ids (b, L) long, gen_length=, block_length=)` -> (b, L') prompts and texts, EOS-padded, `.num_forwards`. Tested against a
+    stand-in with these shapes only, never against dInfer itself. Not established, hence not used: how prompts of different lengths share a
+    batch (each is decoded alone); whether gen_length counts the prompt (read as: no). v0.2 has no editing, so tau_edit must be 1; its
+    threshold is fixed at the start.
     """
 
     batches = False
@@ -246,8 +249,8 @@ class DInferEngine(Engine):
         self.tokenizer, self.tau_mask, self.context, self.name = AutoTokenizer.from_pretrained(folder), tau_mask, max_length, Path(folder).name
         self.eos = [self.tokenizer.eos_token_id]
         known = {} if self.tokenizer.mask_token_id is None else {"mask_id": self.tokenizer.mask_token_id}
-        params = dinfer.SamplingParams(threshold=tau_mask, cache="prefix", temperature=0.0, early_stop=True, use_bd=True, parallel_decoding="threshold",
-                                       max_length=max_length, eos_id=self.eos[0], **known)
+        params = dinfer.SamplingParams(threshold=tau_mask, cache="prefix", temperature=0.0, early_stop=True, use_bd=True,
+                                       parallel_decoding="threshold", max_length=max_length, eos_id=self.eos[0], **known)
         self.serving = dinfer.DiffusionLLMServing(str(folder), model_type="llada2-mini", sample_params=params, num_gpus=1, dp_size=1, tpep_size=1,
                                                   backend="sglang")
 
@@ -259,7 +262,7 @@ class DInferEngine(Engine):
         if settings.tau_mask != self.tau_mask:
             raise HildaError(f"dInfer was started with tau_mask = {self.tau_mask}; ask for that, or start it again with {settings.tau_mask}")
         if not ids or length > self.context:
-            raise HildaError(f"prompt and max_new_tokens need {length} positions of {self.context}, and the prompt at least one; change one of the two")
+            raise HildaError(f"prompt and max_new_tokens need {length} positions, of {self.context}, and the prompt at least one; change one of them")
 
     def stream(self, prompts, choices, stops=None, *, steps=False, gone=lambda row: False) -> Iterator[tuple[int, Step | Answer]]:
         """As `Engine.stream`; dInfer shows no steps, and a row can only leave before its turn."""

@@ -1,8 +1,8 @@
 """Models for other programs: each written whole or not at all, read back, and compared with its source.
 
-hf: a folder to push to a hub, plain Transformers, with a model card. gguf: float32 weights for engines that decode from left to right. onnx: a graph whose
-attention mask is an input, hence AR and block diffusion. int8: eight-bit linear layers (bitsandbytes). merged: adapters of a quantised base, added to
-its weights. Entry points: `export`, `Exported`, `FORMS`.
+hf: a folder to push to a hub, plain Transformers, with a model card. gguf: float32 weights for engines that decode from left to right. onnx: a
+graph whose attention mask is an input, hence AR and block diffusion. int8: eight-bit linear layers (bitsandbytes). merged: adapters of a
+quantised base, added to its weights. Entry points: `export`, `Exported`, `FORMS`.
 """
 
 import copy
@@ -22,12 +22,13 @@ from hildalib.gated import is_gated
 EXACT = 1e-3  # largest difference of logits, as a share of the largest logit, that float32 in another order of operations explains
 CLOSE = 0.1  # nats, mean KL of the source's distributions from those of eight-bit weights, above which an export is not kept (ours)
 GGUF = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> architecture of gguf and of Transformers' reader
-PRETOKENIZERS = {"qwen2": "qwen2", "qwen3": "qwen2"}  # what gguf calls the split of text before merges; llama.cpp reads it, the check here cannot
+SPLITS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}  # what gguf calls the split of a text before merges; unseen by the check here
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. difference: largest |logit - source's logit|; kl: mean nats of KL(source, export); same: share of rows of equal argmax."""
+    """What was written. difference: largest |logit - source's logit| as a share of the largest logit; kl: mean nats of KL(source, export);
+    same: share of rows of equal argmax."""
 
     form: str
     folder: Path
@@ -37,7 +38,8 @@ class Exported:
     note: str = ""
 
     def __str__(self) -> str:
-        checked = f"read back: largest logit difference {self.difference:.1e}, KL {self.kl:.1e} nats, the same most likely token in {100 * self.same:.1f} % of rows"
+        checked = (f"read back: logits differ by at most {self.difference:.1e} of the largest, KL {self.kl:.1e} nats, the same most likely token in "
+                   f"{100 * self.same:.1f} % of rows")
         return "\n".join(filter(None, [f"{self.form}: {self.folder}", checked, self.note]))
 
 
@@ -59,7 +61,8 @@ def export(model: str | os.PathLike, to: str, out: str | os.PathLike | None = No
         exported = FORMS[to](source, scratch, license)
         limit, found = (CLOSE, exported.kl) if to == "int8" else (EXACT, exported.difference)
         if not found <= limit:  # nan too
-            raise HildaError(f"the {to} export of {source} computes something else ({exported}); it is not kept: please report this with the model's config.json")
+            raise HildaError(f"the {to} export of {source} computes something else ({exported}); it is not kept: please report this with the "
+                             "model's config.json")
         os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -115,7 +118,7 @@ def _source(source: Path):
 def _refuse_gated(model) -> None:
     if is_gated(model):
         raise HildaError("gated adapters act on noisy rows only, and plain weights act on all rows: merged, they would change what reads the clean "
-                         "context too, and the model would no longer be its parent there; keep the adapter folder and load it with hildalib.backbones.load")
+                         "context too, and the model would no longer be its parent there; keep the adapter folder and load it with backbones.load")
 
 
 # ---- forms ----------------------------------------------------------------------------------------------------------------------
@@ -154,7 +157,8 @@ def _published(form: str, source: Path, folder: Path, model, tokenizer, license:
     saved.rmdir()
     sample = "12+34=46; The cat sat."
     if AutoTokenizer.from_pretrained(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
-        raise HildaError(f"the tokenizer of {source} is read as another one by Transformers' AutoTokenizer; set tokenizer_class in its tokenizer_config.json")
+        raise HildaError(f"the tokenizer of {source} is read as another one by Transformers' AutoTokenizer; set tokenizer_class in its "
+                         "tokenizer_config.json")
     exported = _compared(form, folder, _logits(_plain(folder)), logits, note)
     (folder / "README.md").write_text(card(source, model, exported, license), encoding="utf-8")
     return exported
@@ -190,8 +194,9 @@ def _onnx(source: Path, folder: Path, license: str | None) -> Exported:
 
     ids, positions, masks = _rows(model)
     rows, columns = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=backbones.context_limit(model))
-    torch.onnx.export(Graph().eval(), (ids[:, :10].expand(2, -1), positions[:, :10], masks[0, :, :, :10, :10]), folder / "model.onnx", dynamo=True, verbose=False,
-                      input_names=["input_ids", "position_ids", "attention_mask"], output_names=["logits"], external_data=model.num_parameters() > 2**28,
+    torch.onnx.export(Graph().eval(), (ids[:, :10], positions[:, :10], masks[0, :, :, :10, :10]), folder / "model.onnx", dynamo=True, verbose=False,
+                      input_names=["input_ids", "position_ids", "attention_mask"], output_names=["logits"],
+                      external_data=model.num_parameters() > 2**28,  # a graph in one file holds at most 2 GiB
                       dynamic_shapes=({0: rows, 1: columns}, {0: rows, 1: columns}, {0: rows, 2: columns, 3: columns}))
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     found = [session.run(None, {"input_ids": ids.numpy(), "position_ids": positions.numpy(), "attention_mask": mask.numpy()})[0] for mask in masks]
@@ -202,7 +207,7 @@ def _onnx(source: Path, folder: Path, license: str | None) -> Exported:
 
 
 def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
-    """model.gguf, float32. Engines that read it decode from left to right, as the model at block size 1; read back by Transformers' own reader, not by llama.cpp."""
+    """model.gguf, float32. Engines that read it decode from left to right, as the model at block size 1; read back by Transformers, not llama.cpp."""
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,14 +220,14 @@ def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
     arch = getattr(gguf.MODEL_ARCH, GGUF[family])
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), gguf.MODEL_ARCH_NAMES[arch])
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for add, value in ((writer.add_name, source.name), (writer.add_context_length, config.max_position_embeddings), (writer.add_embedding_length, config.hidden_size),
-                       (writer.add_block_count, config.num_hidden_layers), (writer.add_feed_forward_length, config.intermediate_size),
-                       (writer.add_head_count, config.num_attention_heads), (writer.add_head_count_kv, config.num_key_value_heads),
-                       (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_freq_base, config.rope_parameters["rope_theta"]),
+    for add, value in ((writer.add_name, source.name), (writer.add_context_length, config.max_position_embeddings),
+                       (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
+                       (writer.add_feed_forward_length, config.intermediate_size), (writer.add_head_count, config.num_attention_heads),
+                       (writer.add_head_count_kv, config.num_key_value_heads), (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_freq_base, config.rope_parameters["rope_theta"]),
                        (writer.add_rope_dimension_count, width), (writer.add_key_length, width), (writer.add_value_length, width),
                        (writer.add_vocab_size, config.vocab_size), (writer.add_file_type, gguf.LlamaFileType.ALL_F32)):
         add(value)
-    _gguf_tokenizer(writer, tokenizer, config.vocab_size, PRETOKENIZERS.get(family, "default"))
+    _gguf_tokenizer(writer, tokenizer, config.vocab_size, "qwen2" if family.startswith("qwen") else None)
     names, tied = gguf.get_tensor_name_map(arch, config.num_hidden_layers), config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         if tied and name.startswith("lm_head."):
@@ -254,12 +259,14 @@ def turned(table, heads: int):
     return table.reshape(heads, 2, len(table) // heads // 2, *table.shape[1:]).swapaxes(1, 2).reshape(table.shape)
 
 
-def _gguf_tokenizer(writer, tokenizer, rows: int, split: str) -> None:
-    """Vocabulary, kinds and merges; a tokenizer of single characters is byte-level BPE without merges."""
+def _gguf_tokenizer(writer, tokenizer, rows: int, split: str | None) -> None:
+    """Vocabulary, kinds and merges; a tokenizer of single characters is byte-level BPE without merges. split: None to look it up in `SPLITS`."""
     import gguf
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    core, added = json.loads(tokenizer.backend_tokenizer.to_str())["model"], tokenizer.added_tokens_decoder
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    core, before, added = whole["model"], whole["pre_tokenizer"] or {}, tokenizer.added_tokens_decoder
+    kinds_before = tuple(part["type"] for part in before.get("pretokenizers", [before] if before else []))
     if core["type"] not in ("BPE", "WordLevel"):
         raise HildaError(f"export to gguf knows BPE and character tokenizers, not {core['type']}; use --to hf")
     spelt = bytes_to_unicode()
@@ -273,14 +280,15 @@ def _gguf_tokenizer(writer, tokenizer, rows: int, split: str) -> None:
         tokens.append(f"[unused{number}]" if token is None else token)
         kinds.append(kind)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    writer.add_tokenizer_pre(split or SPLITS.get(kinds_before, "default"))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in core.get("merges", [])])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_mask_token_id(tokenizer.mask_token_id)
     writer.add_add_bos_token(False)
-    for add, value in ((writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id), (writer.add_chat_template, tokenizer.chat_template)):
+    for add, value in ((writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id),
+                       (writer.add_chat_template, tokenizer.chat_template)):
         if value is not None:
             add(value)
 
@@ -294,22 +302,28 @@ def card(source: Path, model, exported: Exported, license: str | None) -> str:
     """The model card: what this is, how it was made as far as the run recorded it, and whose licence it carries. It claims no benchmark."""
     record, parent = model.config.hilda, model.config.hilda.get("parent") or "unknown"
     size = record["block_size"]
-    what = (f"An editable block-diffusion language model (block size {size})" if size else "An autoregressive language model with a [MASK] token, not yet converted")
+    what = f"An editable block-diffusion language model (block size {size})" if size else "An autoregressive model with a [MASK] token"
     terms = license or "other"
-    head = ["---", f"license: {terms}", *([] if license else ["license_name: that-of-the-parent"]), "library_name: transformers", "pipeline_tag: text-generation",
-            *([f"base_model: {parent}"] if "/" in parent else []), "tags:", "- block-diffusion", "- diffusion-language-model", "- hilda", "---"]
+    head = ["---", f"license: {terms}", *([] if license else ["license_name: that-of-the-parent"]), "library_name: transformers",
+            "pipeline_tag: text-generation", *([f"base_model: {parent}"] if weights.HUB_ID.fullmatch(parent) else []),
+            "tags:", "- block-diffusion", "- diffusion-language-model", "- hilda", "---"]
     run = next((found for place in [source, *source.absolute().parents[:3]] if (found := place / "stamp.json").is_file()), None)
     steps = json.loads(run.read_text(encoding="utf-8"))["inputs"]["parameters"] if run else None
-    recipe = ([f"Last stage: notebook `{run.absolute().parent.name}` of HILDA with these parameters.", "", "```json", json.dumps(steps, indent=1), "```"]
-              if steps else ["The parameters of its training were not recorded beside the weights."])
+    recipe = ["The parameters of its training were not recorded beside the weights."]
+    if steps:
+        stage = f"Last stage: notebook `{run.absolute().parent.name}` of HILDA with these parameters."
+        recipe = [stage, "", "```json", json.dumps(steps, indent=1), "```"]
+    diffusion = ["As a diffusion model, which writes several tokens a forward and edits them, with hildalib:", "", "```python", "import hildalib", "",
+                 'hildalib.generate("PROMPT", model="FOLDER", mode="Q")', "```", ""]
     return "\n".join([
         *head, "", f"# {source.name}", "",
-        f"{what}, made with HILDA from `{parent}`: a plain `{(model.config.architectures or [type(model).__name__])[0]}` with one more token and no remote code.",
+        f"{what}, made with HILDA from `{parent}`: a plain `{(model.config.architectures or ['causal LM'])[0]}` with one more token, no remote code.",
         "",
-        "## Use", "", "As a left-to-right model, with Transformers alone:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        "## Use", "", "As a left-to-right model, with Transformers alone:", "",
+        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")', "```", "",
-        "As a diffusion model, which writes several tokens a forward and edits them, with hildalib:", "", "```python", "import hildalib", "",
-        'hildalib.generate("PROMPT", model="FOLDER", mode="Q")', "```", "",
+        *(diffusion if size else []),
         "## How it was made", "", *recipe, "", "The record in `config.json`, key `hilda`:", "", "```json", json.dumps(record, indent=1), "```", "",
         "## Checked", "", str(exported).partition("\n")[2], "",
-        "## Licence", "", f"{terms}." if license else f"The weights carry the licence of their parent, `{parent}`: look it up, and name it here, before you publish them.", ""])
+        "## Licence", "",
+        f"{terms}." if license else f"The weights carry the licence of their parent, `{parent}`: look it up before you publish them.", ""])

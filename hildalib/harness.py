@@ -1,8 +1,8 @@
 """A model class for EleutherAI's lm-evaluation-harness: its tasks, scored with hildalib's decoder and block ELBO.
 
-lm_eval (0.4.13) knows the models of its own table only, no plugin of another package; so its command line is called through this module, with
-its own arguments: `python -m hildalib.harness --model hilda --model_args pretrained=FOLDER,mode=Q --tasks gsm8k`. In Python, `import hildalib.harness`
-before `lm_eval.simple_evaluate(model="hilda", ...)`. Needs the extra `harness`. Entry points: `HildaLM`, `main`.
+lm_eval (0.4.13) knows the models of its own table only, no plugin of another package; so its command line is called through this module,
+with its own arguments: `python -m hildalib.harness --model hilda --model_args pretrained=FOLDER,mode=Q --tasks gsm8k`. In Python,
+`import hildalib.harness` before `lm_eval.simple_evaluate(model="hilda", ...)`. Needs the extra `harness`. Entry points: `HildaLM`, `main`.
 """
 
 import sys
@@ -27,15 +27,16 @@ except ImportError as error:
 class HildaLM(TemplateLM):
     """An editable dLLM as a model of the harness.
 
-    pretrained: folder, hub id or registered name, or a loaded (model, tokenizer) pair. mode, tau_mask, tau_edit, max_gen_toks: of generation, where a task does
-    not say how long. samples, seed: of the ELBO; every request draws the same noise, so that the choices of a question differ by their text
-    alone. block_size: of the ELBO, None for the model's own; 1 gives the exact log-likelihood of its autoregressive mode (one sample), which a model with
-    unshifted labels has not. A log-likelihood under blocks is minus the ELBO: a lower bound, not comparable with an AR model's exact one.
+    pretrained: folder, hub id or registered name, or a loaded (model, tokenizer) pair. mode, tau_mask, tau_edit: of generation; max_gen_toks:
+    where a task does not say how long. samples, seed: of the ELBO; every request draws the same noise, so that the choices of a question
+    differ by their text alone. block_size: of the ELBO, None for the model's own; 1 gives the exact log-likelihood of its autoregressive
+    mode (one sample), which a model with unshifted labels has not. A log-likelihood under blocks is minus the negative ELBO that
+    `objective.elbo` estimates: a lower bound, not comparable with an AR model's exact one.
     """
 
-    def __init__(self, pretrained, mode: str = "Q", tau_mask: float | None = None, tau_edit: float | None = None, max_gen_toks: int = 256, samples: int = 32,
-                 seed: int = 0, block_size: int | None = None, batch_size: int | str | None = None, device: str | None = None, dtype: str = "auto",
-                 max_batch_size: int | None = None):
+    def __init__(self, pretrained, mode: str = "Q", tau_mask: float | None = None, tau_edit: float | None = None, max_gen_toks: int = 256,
+                 samples: int = 32, seed: int = 0, block_size: int | None = None, batch_size: int | str | None = None, device: str | None = None,
+                 dtype: str = "auto", max_batch_size: int | None = None):
         super().__init__()
         pretrained = pretrained if isinstance(pretrained, tuple) else backbones.load(pretrained, dtype=dtype, device=device or "auto")
         self.engine = open_engine(pretrained)
@@ -77,7 +78,8 @@ class HildaLM(TemplateLM):
         for (stops, new, temperature), numbers in groups.items():
             choices, room = replace(self.choices, max_new_tokens=new, temperature=temperature), self.engine.context - new
             if room < 1:
-                raise HildaError(f"max_gen_toks = {new} leaves no room for a prompt in a context of {self.engine.context}; give --gen_kwargs max_gen_toks=N")
+                raise HildaError(f"max_gen_toks = {new} leaves no room for a prompt in a context of {self.engine.context}; "
+                                 "give --gen_kwargs max_gen_toks=N")
             for start in range(0, len(numbers), self.rows):
                 part = numbers[start:start + self.rows]
                 prompts = [self.engine.encode(requests[number].args[0])[-room:] for number in part]
@@ -90,8 +92,8 @@ class HildaLM(TemplateLM):
         """Log-likelihood of whole texts, in disjoint windows of the context, the first after an EOS."""
         totals = []
         for request in requests:
-            windows = map(make_disjoint_window, get_rolling_token_windows(self.engine.encode(request.args[0]), self.prefix_token_id, self.engine.context - 1, 1))
-            totals.append(sum(self.score(context, own) for context, own in windows))
+            windows = get_rolling_token_windows(self.engine.encode(request.args[0]), self.prefix_token_id, self.engine.context - 1, 1)
+            totals.append(sum(self.score(context, own) for context, own in map(make_disjoint_window, windows)))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
@@ -110,7 +112,7 @@ class HildaLM(TemplateLM):
 
     @torch.inference_mode()
     def score(self, context: list[int], own: list[int]) -> float:
-        """Nats: log-likelihood of the tokens `own` after `context` (minus the mean of `objective.elbo` over samples that fill batches of `rows`)."""
+        """Nats: log-likelihood of the tokens `own` after `context`, minus the mean of `objective.elbo` over `samples` rows."""
         context = self._fitting(context, own)
         ids = torch.tensor([context + own], device=self.device)
         maskable = (torch.arange(ids.shape[1], device=self.device) >= len(context))[None]
@@ -119,7 +121,8 @@ class HildaLM(TemplateLM):
         for start in range(0, self.samples, self.rows):
             count = min(self.rows, self.samples - start)
             with noisy_rows(self.model, noisy):
-                bound = objective.elbo(self.model, ids.expand(count, -1), maskable.expand(count, -1), block_size=self.block_size, samples=1, generator=generator)
+                bound = objective.elbo(self.model, ids.expand(count, -1), maskable.expand(count, -1), block_size=self.block_size, samples=1,
+                                       generator=generator)
             total += float(bound.sum())
         return -total / self.samples
 

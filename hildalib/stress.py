@@ -1,7 +1,8 @@
 """A server under many clients at once, some of them rude: is every answer the right one, is every error an error, does its memory stay?
 
-`python -m hildalib.stress --url http://127.0.0.1:8000 --clients 64 --minutes 5` prints a table and ends with 1 if an answer was crossed or an error was
-not JSON of the one shape. What is right is asked of the same server first, one prompt at a time. Needs the extra `serve`. Entry points: `stress`, `Tally`.
+`python -m hildalib.stress --url http://127.0.0.1:8000 --clients 64 --minutes 5` prints a table and ends with 1 if an answer was crossed or an
+error was not JSON of the one shape. What is right is asked of the same server first, one prompt at a time. Needs the extra `serve`.
+Entry points: `stress`, `Tally`.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 import httpx
 
 PROMPTS = [f"{n}+{(7 * n) % 50}={' ' * (n % 3)}".strip() for n in range(10, 34)]
-ACTS = {"generate": 40, "stream": 12, "completion": 12, "chat": 6, "leave": 12, "leave a stream": 6, "malformed": 5, "oversize prompt": 3, "oversize body": 2,
-        "wrong field": 2}  # of a hundred requests
+ACTS = {"generate": 40, "stream": 12, "completion": 12, "chat": 6, "leave": 12, "leave a stream": 6, "malformed": 5, "oversize prompt": 3,
+        "oversize body": 2, "wrong field": 2}  # of a hundred requests
 MALFORMED = (b"", b"{", b"[1, 2", b'{"prompt": NaN}', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 5000, b'"text"', b"null", b'{"prompt": {"a": 1}}')
 
 
@@ -67,7 +68,7 @@ class Crowd:
                 await asyncio.gather(task, return_exceptions=True)
                 return
             reply = task.result()
-            text = None if reply.status_code != 200 else reply.json()["text"] if kind == "leave" else json.loads(reply.text.splitlines()[-1]).get("text")
+            text = json.loads(reply.text.splitlines()[-1]).get("text")
         elif kind == "generate":
             reply = await client.post("/generate", json=asked)
             text = reply.json().get("text")
@@ -79,7 +80,8 @@ class Crowd:
             reply = await client.post("/v1/completions", json={"prompt": prompt, "mode": mode, "max_tokens": self.new})
             text = reply.json()["choices"][0]["text"] if reply.status_code == 200 else None
         elif kind == "chat":
-            reply = await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": prompt}], "mode": mode, "max_tokens": self.new})
+            turns = [{"role": "user", "content": prompt}]
+            reply = await client.post("/v1/chat/completions", json={"messages": turns, "mode": mode, "max_tokens": self.new})
             text = reply.json()["choices"][0]["message"]["content"] if reply.status_code == 200 else None
         else:
             content, path = {"malformed": (dice.choice(MALFORMED), dice.choice(["/generate", "/v1/completions", "/jobs"])),
@@ -154,8 +156,9 @@ def stress(url: str, clients: int = 64, minutes: float = 5.0, token: str | None 
     waits = sorted(tally.seconds) or [0.0]
     print(f"\nanswers as alone  {tally.right}\nother answers     {len(tally.wrong)}\nbad errors        {len(tally.bad)}")
     print(f"seconds to answer {waits[len(waits) // 2]:.3f} median, {waits[int(0.99 * (len(waits) - 1))]:.3f} of 99 %, {waits[-1]:.3f} most")
-    quarter = tally.memory[len(tally.memory) // 5]
-    print(f"memory (MiB)      {tally.memory[0][1]} at the start, {quarter[1]} after {quarter[0]:.0f} s, {max(m for _, m in tally.memory)} most, {tally.memory[-1][1]} at the end")
+    warm = tally.memory[len(tally.memory) // 5]
+    print(f"memory (MiB)      {tally.memory[0][1]} at the start, {warm[1]} after {warm[0]:.0f} s, {max(m for _, m in tally.memory)} most, "
+          f"{tally.memory[-1][1]} at the end")
     print("over time         " + " ".join(f"{size:.0f}" for _, size in tally.memory[::max(1, len(tally.memory) // 20)]))
     print(f"server            {json.dumps(crowd.health['counts'])}, waiting {crowd.health['waiting']}, running {crowd.health['running']}")
     for line in (tally.wrong + tally.bad)[:10]:

@@ -99,8 +99,10 @@ def test_a_row_that_leaves_gets_no_answer_and_changes_no_other():
 
 
 @pytest.mark.parametrize("prompt, options, message", [
-    ("", {}, "at least one token"), ("1[MASK]2", {}, "contains \\[MASK\\]"), ("1" * 500, {"max_new_tokens": 13}, "need 513 positions, the model's context is 512"),
-    ("1", {"mode": "X"}, "mode 'X' is unknown"), ("1", {"tau_mask": 2.0}, "outside"), ("1", {"max_new_tokens": 0}, "at least 1"), ("\ud800", {}, "not valid Unicode")])
+    ("", {}, "at least one token"), ("1[MASK]2", {}, "contains \\[MASK\\]"),
+    ("1" * 500, {"max_new_tokens": 13}, "need 513 positions, the model's context is 512"),
+    ("1", {"mode": "X"}, "mode 'X' is unknown"), ("1", {"tau_mask": 2.0}, "outside"), ("1", {"max_new_tokens": 0}, "at least 1"),
+    ("\ud800", {}, "not valid Unicode")])
 def test_what_cannot_be_decoded_is_refused(prompt, options, message):
     with pytest.raises(HildaError, match=message):
         an_engine().generate(prompt, **options)
@@ -117,14 +119,15 @@ def test_an_autoregressive_model_is_refused():
 def dinfer(monkeypatch, tmp_path):
     """A stand-in of the package with the call shapes of v0.2, and a folder of a LLaDA2 checkpoint without weights."""
     class SamplingParams:
-        def __init__(self, threshold=0.9, low_threshold=0.6, cache="dual", temperature=0., early_stop=True, cont_weight=0.3, prefix_look=16, after_look=16,
-                     warmup_steps=4, enable_torch_compile=True, mask_id=156895, eos_id=156892, parallel_decoding="threshold", use_credit=False,
-                     use_bd=True, max_length=4096, ep_size=1, prefilling_limit=256, mini_batch_size=1, batch_size=1, use_naive_batching=False):
+        def __init__(self, threshold=0.9, low_threshold=0.6, cache="dual", temperature=0., early_stop=True, cont_weight=0.3, prefix_look=16,
+                     after_look=16, warmup_steps=4, enable_torch_compile=True, mask_id=156895, eos_id=156892, parallel_decoding="threshold",
+                     use_credit=False, use_bd=True, max_length=4096, ep_size=1, prefilling_limit=256, mini_batch_size=1, batch_size=1,
+                     use_naive_batching=False):
             self.threshold, self.mask_id, self.eos_id, self.use_bd = threshold, mask_id, eos_id, use_bd
 
     class DiffusionLLMServing:
-        def __init__(self, model, model_type="llada2", sample_params=None, server_port=None, num_gpus=None, dp_size=None, tpep_size=None, backend="sglang",
-                     timeout=None, max_retries=3, start_port=30000, end_port=60000):
+        def __init__(self, model, model_type="llada2", sample_params=None, server_port=None, num_gpus=None, dp_size=None, tpep_size=None,
+                     backend="sglang", timeout=None, max_retries=3, start_port=30000, end_port=60000):
             assert model_type.startswith("llada2") and backend == "sglang" and dp_size * tpep_size <= num_gpus
             self.params, self.num_forwards = sample_params, 0
 

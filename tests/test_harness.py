@@ -96,7 +96,8 @@ def test_greedy_is_what_the_decoder_writes(block_size):
     lm = HildaLM(tiny(1, sharpen=7.0), block_size=block_size)
     for prompt in ("1+2=", "77", "3"):
         context = torch.tensor([lm.tok_encode(prompt)])
-        own = (ar_decode(lm.model, context, max_new_tokens=4) if block_size else edit_decode(lm.model, context, settings_for("Q", max_new_tokens=4))).ids[0].tolist()
+        ar, settings = block_size == 1, settings_for("Q", max_new_tokens=4)
+        own = (ar_decode(lm.model, context, max_new_tokens=4) if ar else edit_decode(lm.model, context, settings)).ids[0].tolist()
         assert lm.greedy(context[0].tolist(), own) and not any(lm.greedy(context[0].tolist(), [*own[:n], own[n] ^ 1, *own[n + 1:]]) for n in range(4))
 
 
@@ -125,7 +126,7 @@ def test_the_command_line_of_lm_eval_finds_the_model(tmp_path):
     folder = backbones.save(*tiny(1, sharpen=7.0), tmp_path / "model")
     _task(tmp_path, GENERATION, [{"prompt": "1+2=", "answer": "3"}, {"prompt": "7+", "answer": "3"}])
     command = [sys.executable, "-m", "hildalib.harness", "--model", "hilda", "--model_args", f"pretrained={folder},mode=S,tau_edit=1,dtype=float32",
-               "--include_path", str(tmp_path), "--tasks", "tiny_generation", "--device", "cpu", "--batch_size", "2", "--output_path", str(tmp_path / "out")]
+               "--include_path", str(tmp_path), "--tasks", "tiny_generation", "--device", "cpu", "--batch_size", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hilda (" in done.stdout and "tiny_generation" in done.stdout

@@ -205,15 +205,22 @@ def test_requests_that_wait_together_are_one_batch_and_answered_as_alone(live, e
     ("/generate", {"prompt": "1", "max_new_tokens": 65}, 400, "65 new tokens are more than the 64 allowed here"),
     ("/generate", {"prompt": "1[MASK]"}, 400, "contains [MASK]"),
     ("/generate", {}, 422, "prompt: Field required"), ("/generate", {"prompt": 7}, 422, "prompt: "), ("/generate", {"prompt": None}, 422, "prompt: "),
-    ("/generate", {"prompt": "1", "max_new_tokens": 0}, 422, "max_new_tokens: "), ("/generate", {"prompt": "1", "max_new_tokens": True}, 422, "max_new_tokens"),
-    ("/generate", {"prompt": "1", "max_new_tokens": 10**30}, 400, "more than the 64 allowed here"), ("/generate", {"prompt": "1", "tau_mask": 1.5}, 422, "tau_mask"),
-    ("/generate", {"prompt": "1", "mode": "X"}, 422, "mode: "), ("/generate", {"prompt": "1", "seed": -1}, 422, "seed: "), ("/generate", [1], 422, "body"),
+    ("/generate", {"prompt": "1", "max_new_tokens": 0}, 422, "max_new_tokens: "),
+    ("/generate", {"prompt": "1", "max_new_tokens": True}, 422, "max_new_tokens"),
+    ("/generate", {"prompt": "1", "max_new_tokens": 10**30}, 400, "more than the 64 allowed here"),
+    ("/generate", {"prompt": "1", "tau_mask": 1.5}, 422, "tau_mask"),
+    ("/generate", {"prompt": "1", "mode": "X"}, 422, "mode: "), ("/generate", {"prompt": "1", "seed": -1}, 422, "seed: "),
+    ("/generate", [1], 422, "body"),
     ("/generate", {"prompt": "1", "stop": ["a"] * 5}, 400, "at most four"), ("/generate", {"prompt": "1", "stop": ""}, 400, "none of them empty"),
     ("/v1/completions", {"prompt": ["1", "2"]}, 400, "one string"), ("/v1/completions", {"prompt": [1, 2]}, 400, "one string"),
-    ("/v1/completions", {"prompt": "1", "n": 2}, 400, "n is not supported: one choice"), ("/v1/completions", {"prompt": "1", "logprobs": 5}, 400, "logprobs is not"),
-    ("/v1/completions", {"prompt": "1", "echo": True}, 400, "echo is not"), ("/v1/completions", {"prompt": "1", "top_p": 0.9}, 400, "use temperature"),
-    ("/v1/completions", {"prompt": "1", "model": "gpt-9"}, 404, "no model 'gpt-9' here"), ("/v1/completions", {"prompt": "1", "temperature": 3}, 422, "temperature"),
-    ("/v1/chat/completions", {"messages": []}, 422, "messages"), ("/v1/chat/completions", {"messages": [{"role": "x", "content": "1"}]}, 422, "messages.0.role"),
+    ("/v1/completions", {"prompt": "1", "n": 2}, 400, "n is not supported: one choice"),
+    ("/v1/completions", {"prompt": "1", "logprobs": 5}, 400, "logprobs is not"),
+    ("/v1/completions", {"prompt": "1", "echo": True}, 400, "echo is not"),
+    ("/v1/completions", {"prompt": "1", "top_p": 0.9}, 400, "use temperature"),
+    ("/v1/completions", {"prompt": "1", "model": "gpt-9"}, 404, "no model 'gpt-9' here"),
+    ("/v1/completions", {"prompt": "1", "temperature": 3}, 422, "temperature"),
+    ("/v1/chat/completions", {"messages": []}, 422, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "x", "content": "1"}]}, 422, "messages.0.role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "messages.0.content"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}], "tools": [{}]}, 400, "tools is not supported"),
     ("/nothing", {}, 404, "no such route"), ("/health", {}, 405, "does not know this method")])
@@ -223,7 +230,8 @@ def test_a_mistake_gets_its_status_and_a_reason(client, path, body, status, mess
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not JSON"), (b"{", "not JSON"), (b'{"prompt": "1", "tau_mask": NaN}', "not JSON"), (b'{"prompt": "1", "max_new_tokens": Infinity}', "not JSON"),
+    (b"", "not JSON"), (b"{", "not JSON"), (b'{"prompt": "1", "tau_mask": NaN}', "not JSON"),
+    (b'{"prompt": "1", "max_new_tokens": Infinity}', "not JSON"),
     (b"\xff\xfe{}", "not JSON"), (b"[" * 1900, "not JSON"), (b'{"a":' * 500 + b"1" + b"}" * 500, None), (b'{"prompt": ' + b"1" * 3000 + b"e9}", None),
     (b'{"prompt": "\\ud800", "max_new_tokens": 3}', "not valid Unicode"), (b'{"prompt": "1", "\\ud800": 1, "model": "\\ud800"}', None),
     (b'{"prompt": "\\u0000\\u0001", "max_new_tokens": 4}', None)])
@@ -250,7 +258,8 @@ def test_a_body_beyond_the_limit_is_refused_whatever_its_length_claims(client):
 
 @pytest.mark.parametrize("host, listening, status", [
     ("127.0.0.1:8000", "127.0.0.1", 200), ("localhost", "127.0.0.1", 200), ("[::1]:8000", "127.0.0.1", 200), ("LOCALHOST:1", "127.0.0.1", 200),
-    ("evil.example", "127.0.0.1", 403), ("127.0.0.1.evil.example", "127.0.0.1", 403), ("192.168.0.7", "127.0.0.1", 403), ("localhost.evil:8000", "127.0.0.1", 403),
+    ("evil.example", "127.0.0.1", 403), ("127.0.0.1.evil.example", "127.0.0.1", 403), ("192.168.0.7", "127.0.0.1", 403),
+    ("localhost.evil:8000", "127.0.0.1", 403),
     ("192.168.0.7:8000", "0.0.0.0", 200), ("lab.example:8000", "0.0.0.0", 200), ("evil.example", "0.0.0.0", 403)])
 def test_only_known_names_are_served(engine, host, listening, status):
     app = create_app(engine, LIMITS, listening, "secret", ("Lab.example",))
@@ -261,14 +270,16 @@ def test_only_known_names_are_served(engine, host, listening, status):
         _fails(reply, 403, "names another machine", "unknown_host")
 
 
-@pytest.mark.parametrize("origin, status", [("http://127.0.0.1:8000", 200), ("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:9999", 403), ("", 403)])
+@pytest.mark.parametrize("origin, status", [
+    ("http://127.0.0.1:8000", 200), ("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:9999", 403), ("", 403)])
 def test_a_page_of_another_site_is_refused(client, origin, status):
     assert client("GET", "/health", headers={"origin": origin}).status_code == status
 
 
 def test_a_token_is_needed_on_every_route_where_there_is_one(engine):
     client = Client(create_app(engine, LIMITS, token="s3cret"))
-    for headers in ({}, {"authorization": "Bearer s3cre"}, {"authorization": "Bearer s3cret5"}, {"authorization": "Basic s3cret"}, {"authorization": "Bearer é".encode()}):
+    for wrong in (None, "Bearer s3cre", "Bearer s3cret5", "Basic s3cret", "Bearer é".encode()):
+        headers = {} if wrong is None else {"authorization": wrong}
         for method, path in (("GET", "/health"), ("POST", "/generate"), ("GET", "/jobs"), ("GET", "/nothing"), ("GET", "/openapi.json")):
             _fails(client(method, path, headers=headers), 401, "Authorization: Bearer TOKEN", "invalid_token")
     assert client("GET", "/health", headers={"authorization": "bearer s3cret"}).status_code == 200
@@ -333,7 +344,8 @@ def test_a_full_queue_refuses_and_clients_that_leave_make_room(live, engine, mon
 def test_a_reader_that_hangs_up_in_the_middle_of_a_stream_ends_its_row(live, engine, monkeypatch):
     url, desk = live
     gate = _slow(engine, monkeypatch, lambda: Turnstile(3))
-    with httpx.Client(timeout=60) as client, client.stream("POST", f"{url}/generate", json={"prompt": "1+2=", "max_new_tokens": 60, "stream": True}) as reply:
+    body = {"prompt": "1+2=", "max_new_tokens": 60, "stream": True}
+    with httpx.Client(timeout=60) as client, client.stream("POST", f"{url}/generate", json=body) as reply:
         assert json.loads(next(reply.iter_lines()))["forward"] == 1
     time.sleep(0.3)
     gate.open()
@@ -364,7 +376,8 @@ class Turnstile:
     ({"notebooks": ["04_decode"], "profile": "smoke", "set": {"seed": -1}}, 422, "at least 0"),
     ({"notebooks": ["02_wsd"], "profile": "smoke", "set": {"model": "/root/model"}}, 422, "text is taken over HTTP only where"),
     ({"notebooks": ["02_wsd"], "profile": "smoke", "set": {"profile": "/tmp/x"}}, 422, "profile cannot be set"),
-    ({"notebooks": ["04_decode"], "profile": "smoke", "command": "rm"}, 422, "command: Extra inputs"), ({"notebooks": ["--help"], "profile": "smoke"}, 422, "unknown notebook"),
+    ({"notebooks": ["04_decode"], "profile": "smoke", "command": "rm"}, 422, "command: Extra inputs"),
+    ({"notebooks": ["--help"], "profile": "smoke"}, 422, "unknown notebook"),
     ({"notebooks": ["04_decode"], "profile": "smoke", "seeds": [-1]}, 422, "seeds")])
 def test_only_known_runs_with_checked_parameters_are_started(client, order, status, message):
     _fails(client("POST", "/jobs", json=order), status, message)
@@ -372,7 +385,8 @@ def test_only_known_runs_with_checked_parameters_are_started(client, order, stat
 
 
 def test_a_job_is_the_command_of_hilda_run():
-    order = jobs.Order(notebooks=["02_wsd"], profile="smoke", seeds=[0, 2], set={"parent_steps": 3, "optimizer": "adamw_torch", "probe_masks": [0.5, 1]}, force=True)
+    order = jobs.Order(notebooks=["02_wsd"], profile="smoke", seeds=[0, 2], force=True,
+                       set={"parent_steps": 3, "optimizer": "adamw_torch", "probe_masks": [0.5, 1]})
     assert order.command()[1:] == ["-m", "hildalib", "run", "02_wsd", "--profile", "smoke", "--seeds", "0", "2", "--set", "parent_steps=3",
                                    "--set", 'optimizer="adamw_torch"', "--set", "probe_masks=[0.5, 1]", "--force"]
 

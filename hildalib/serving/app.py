@@ -199,9 +199,10 @@ async def _canvas(engine: Engine, events: AsyncIterator[Step | Answer]) -> Async
             if isinstance(event, Answer):
                 yield json.dumps({"done": True, **_final(event)}) + "\n"
                 continue
-            written = [{"position": place, "id": token, "text": engine.decode([token]), "confidence": round(sure, 4)} for place, token, sure in event.written]
-            edited = [{"position": place, "before": {"id": old, "text": engine.decode([old])}, "id": token, "text": engine.decode([token]),
-                       "confidence": round(sure, 4)} for place, old, token, sure in event.edited]
+            def shown(place, token, sure, **more):
+                return {"position": place, **more, "id": token, "text": engine.decode([token]), "confidence": round(sure, 4)}
+            written = [shown(*one) for one in event.written]
+            edited = [shown(place, token, sure, before={"id": old, "text": engine.decode([old])}) for place, old, token, sure in event.edited]
             yield json.dumps({"forward": event.forward, "written": written, "edited": edited, "closed": event.text}) + "\n"
 
 
@@ -212,7 +213,8 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
-        return reply(error.status, error_body(error.status, error.message, error.code, error.param), {"retry-after": "1"} if error.status == 429 else None)
+        later = {"retry-after": "1"} if error.status == 429 else None
+        return reply(error.status, error_body(error.status, error.message, error.code, error.param), later)
 
     @app.exception_handler(HildaError)
     async def mistaken(request: Request, error: HildaError) -> Response:
@@ -240,19 +242,20 @@ def _errors(app: FastAPI) -> None:
 
 def serve(model: str, *, host: str = "127.0.0.1", port: int = 8000, token: str | None = None, engine: str = "auto", names: tuple[str, ...] = (),
           limits: Limits = Limits()) -> int:
-    """Loads `model` and serves it until Ctrl-C. token: else that of the variable HILDA_TOKEN. HildaError where another host than loopback has none."""
+    """Loads `model` and serves it until Ctrl-C. token: else that of the variable HILDA_TOKEN; HildaError where a host beyond loopback has none."""
     import uvicorn
 
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     if host not in LOOPBACK and token is None:
         raise HildaError(f"--host {host} is open to other machines and needs a token: set {TOKEN_VARIABLE} or give --token, or leave --host out")
     if token is not None and (not token.isascii() or not token.isprintable() or " " in token):
-        raise HildaError("a token is printable ASCII without spaces; for example that of `python -c \"import secrets; print(secrets.token_urlsafe())\"`")
+        raise HildaError("a token is printable ASCII without spaces; `python -c \"import secrets; print(secrets.token_urlsafe())\"` makes one")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     app = create_app(open_engine(model, engine), limits, host, token, names)
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
                             timeout_graceful_shutdown=5, h11_max_incomplete_event_size=1 << 16, ws="none")
-    LOG.info("%s on http://%s:%d%s; Ctrl-C ends it", app.app.state.desk.engine.name, f"[{host}]" if ":" in host else host, port, ", token needed" if token else "")
+    shown = f"[{host}]" if ":" in host else host
+    LOG.info("%s on http://%s:%d%s; Ctrl-C ends it", app.app.state.desk.engine.name, shown, port, ", token needed" if token else "")
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once more when all is put away
         uvicorn.Server(config).run()
     return 0

@@ -90,6 +90,9 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
 
 class Chat(Settings):
     messages: list[Message] = Field(min_length=1)
@@ -99,8 +102,7 @@ class Chat(Settings):
 
     def text(self, tokenizer) -> str:
         """The messages in the model's chat template; without one, the text of a single message of the user."""
-        turns = [{"role": "system" if turn.role == "developer" else turn.role,
-                  "content": turn.content if isinstance(turn.content, str) else "".join(part.text for part in turn.content)} for turn in self.messages]
+        turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text()} for turn in self.messages]
         if not tokenizer.chat_template:
             if [turn["role"] for turn in turns] != ["user"]:
                 raise Refused(400, "this model has no chat template; send one message of the user, or use /v1/completions", param="messages")

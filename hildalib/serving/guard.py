@@ -61,7 +61,7 @@ class Guard:
 
     def __init__(self, app, limits: Limits, host: str = "127.0.0.1", token: str | None = None, names: tuple[str, ...] = ()):
         self.app, self.limits, self.token = app, limits, token
-        self.loopback, self.names = host in LOOPBACK, {*LOOPBACK, *(name.lower() for name in names)} | ({host.lower()} if host not in LOOPBACK else set())
+        self.loopback, self.names = host in LOOPBACK, {*LOOPBACK, host.lower(), *(name.lower() for name in names)}
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -100,7 +100,8 @@ class Guard:
     def _admit(self, scope, headers: dict[str, list[str]]) -> None:
         hosts = headers.get("host", [])
         if len(hosts) != 1 or not self._known(hosts[0]):
-            raise Refused(403, "the Host header names another machine; use http://127.0.0.1:PORT, or start the server with --allow-host NAME", "unknown_host")
+            raise Refused(403, "the Host header names another machine; use http://127.0.0.1:PORT, or start the server with --allow-host NAME",
+                          "unknown_host")
         for origin in headers.get("origin", []):
             if origin.partition("://")[2].lower() != hosts[0].lower():
                 raise Refused(403, "requests from pages of other sites are refused", "foreign_origin")
@@ -136,7 +137,8 @@ class Guard:
         return again
 
     async def _read(self, headers: dict[str, list[str]], receive) -> bytes:
-        too_large = Refused(413, f"the body is larger than {self.limits.body} bytes; send less, or start the server with a larger --max-body", "body_too_large")
+        too_large = Refused(413, f"the body is larger than {self.limits.body} bytes; send less, or start the server with a larger --max-body",
+                            "body_too_large")
         declared = headers.get("content-length", ["0"])[0]
         parts, size, over = [], 0, not declared.isdecimal() or len(declared) > 18 or int(declared) > self.limits.body
         while True:

@@ -49,10 +49,12 @@ class Order(BaseModel):
                     leaves = [part for leaf in leaves for part in (leaf if isinstance(leaf, list) else [leaf])]
                 free = key in declared and declared[key].metadata["choices"] is None
                 if free and any(isinstance(leaf, str) for leaf in leaves):
-                    raise Refused(422, f"set.{key}: text is taken over HTTP only where a parameter has a list of choices; use `hilda run`", "free_text", key)
+                    raise Refused(422, f"set.{key}: text is taken over HTTP only where a parameter has a list of choices; use `hilda run`",
+                                  "free_text", key)
         seeds = ["--seeds", *map(str, self.seeds)] if self.seeds else []
         values = [part for key, value in self.set.items() for part in ("--set", f"{key}={json.dumps(value)}")]  # JSON is YAML
-        return [sys.executable, "-m", "hildalib", "run", *self.notebooks, "--profile", self.profile, *seeds, *values, *(["--force"] if self.force else [])]
+        force = ["--force"] if self.force else []
+        return [sys.executable, "-m", "hildalib", "run", *self.notebooks, "--profile", self.profile, *seeds, *values, *force]
 
 
 class Job:
