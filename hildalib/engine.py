@@ -85,7 +85,8 @@ class Engine:
             raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of "
                              "its `model`")
         self.model, self.tokenizer, self.context = model, tokenizer, backbones.context_limit(model)
-        self.eos, self.name = eos_ids(model), Path(str(model.name_or_path)).name or "hilda"
+        folder = Path(str(model.name_or_path))
+        self.eos, self.name = eos_ids(model), (folder.parent if folder.name == "model" else folder).name or "hilda"  # runs end in dLLM/model
 
     # ---- text in, text out ------------------------------------------------------------------------------------------------------
 

@@ -223,8 +223,8 @@ def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
     for add, value in ((writer.add_name, source.name), (writer.add_context_length, config.max_position_embeddings),
                        (writer.add_embedding_length, config.hidden_size), (writer.add_block_count, config.num_hidden_layers),
                        (writer.add_feed_forward_length, config.intermediate_size), (writer.add_head_count, config.num_attention_heads),
-                       (writer.add_head_count_kv, config.num_key_value_heads), (writer.add_layer_norm_rms_eps, config.rms_norm_eps), (writer.add_rope_freq_base, config.rope_parameters["rope_theta"]),
-                       (writer.add_rope_dimension_count, width), (writer.add_key_length, width), (writer.add_value_length, width),
+                       (writer.add_head_count_kv, config.num_key_value_heads), (writer.add_layer_norm_rms_eps, config.rms_norm_eps),
+                       (writer.add_rope_freq_base, config.rope_parameters["rope_theta"]), (writer.add_rope_dimension_count, width), (writer.add_key_length, width), (writer.add_value_length, width),
                        (writer.add_vocab_size, config.vocab_size), (writer.add_file_type, gguf.LlamaFileType.ALL_F32)):
         add(value)
     _gguf_tokenizer(writer, tokenizer, config.vocab_size, "qwen2" if family.startswith("qwen") else None)

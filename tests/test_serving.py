@@ -19,6 +19,7 @@ import hildalib  # noqa: E402
 from hildalib import HildaError  # noqa: E402
 from hildalib.__main__ import main  # noqa: E402
 from hildalib.engine import Choices, Engine  # noqa: E402
+from hildalib import stress  # noqa: E402
 from hildalib.serving import Limits, app as application, create_app, jobs, serve  # noqa: E402
 from hildalib.serving.completions import settled  # noqa: E402
 
@@ -311,6 +312,32 @@ def test_an_unexpected_error_is_a_500_with_an_id_that_is_in_the_log(client, engi
     assert client.post("/generate", prompt="1", max_new_tokens=4).status_code == 200  # and the worker lives
 
 
+def test_a_request_that_breaks_the_decoder_takes_no_other_along(live, engine, monkeypatch):
+    url, desk = live
+    stream, poison = engine.stream, engine.encode("666=")
+
+    def brittle(prompts, *others, **options):
+        if poison in prompts:
+            raise RuntimeError("out of memory")
+        return stream(prompts, *others, **options)
+    gate = _slow(engine, monkeypatch)
+    slowed = engine.stream
+    monkeypatch.setattr(engine, "stream", lambda prompts, *others, **options: (brittle if poison in prompts else slowed)(prompts, *others, **options))
+
+    async def scene():
+        async with httpx.AsyncClient(timeout=60) as client:
+            asked = [asyncio.ensure_future(client.post(f"{url}/generate", json={"prompt": "1", "max_new_tokens": 5}))]
+            await asyncio.to_thread(_until, lambda: desk.batcher.running)
+            asked += [asyncio.ensure_future(client.post(f"{url}/generate", json={"prompt": prompt, "max_new_tokens": 9})) for prompt in ("2+3=", "666=", "8-")]
+            await asyncio.to_thread(_until, lambda: len(desk.batcher.waiting) == 3)
+            gate.set()
+            return await asyncio.gather(*asked)
+    _, good, bad, fine = asyncio.run(scene())
+    _fails(bad, 500, "internal error", "internal_error")
+    monkeypatch.undo()
+    assert [reply.json()["text"] for reply in (good, fine)] == [engine.generate(prompt, max_new_tokens=9) for prompt in ("2+3=", "8-")]
+
+
 # ---- who leaves, and who must wait ----------------------------------------------------------------------------------------------
 
 def test_a_full_queue_refuses_and_clients_that_leave_make_room(live, engine, monkeypatch):
@@ -374,7 +401,7 @@ class Turnstile:
     ({"notebooks": ["04_decode"], "profile": "../x"}, 422, "unknown profile"), ({"notebooks": ["04_decode"]}, 422, "profile: Field required"),
     ({"notebooks": ["04_decode"], "profile": "smoke", "set": {"no_such": 1}}, 422, "unknown parameter"),
     ({"notebooks": ["04_decode"], "profile": "smoke", "set": {"seed": -1}}, 422, "at least 0"),
-    ({"notebooks": ["02_wsd"], "profile": "smoke", "set": {"model": "/root/model"}}, 422, "text is taken over HTTP only where"),
+    ({"notebooks": ["02_wsd"], "profile": "smoke", "set": {"model": "/some/model"}}, 422, "text is taken over HTTP only where"),
     ({"notebooks": ["02_wsd"], "profile": "smoke", "set": {"profile": "/tmp/x"}}, 422, "profile cannot be set"),
     ({"notebooks": ["04_decode"], "profile": "smoke", "command": "rm"}, 422, "command: Extra inputs"),
     ({"notebooks": ["--help"], "profile": "smoke"}, 422, "unknown notebook"),
@@ -449,3 +476,17 @@ def test_nothing_is_kept_of_requests_that_are_over(live):
     before = held()
     asyncio.run(some(40))
     assert held() - before < 100  # 200 requests; each would leave dozens of objects
+
+
+def test_the_stress_command_finds_nothing_wrong_here_and_says_what_is_wrong_elsewhere(live, capsys):
+    url, desk = live
+    assert stress.stress(url, clients=6, minutes=0.04, new=8) == 0
+    shown = capsys.readouterr().out
+    assert "other answers     0" in shown and "bad errors        0" in shown and "memory (MiB)" in shown and not desk.batcher.waiting
+    crowd, ask = stress.Crowd(url, {}, 8), httpx.Request("POST", url)
+    crowd._judge("generate", 200, httpx.Response(200, request=ask), "4", "5")
+    crowd._judge("generate", 500, httpx.Response(500, json={"error": {"message": "x"}}, request=ask), None, "5")
+    crowd._judge("malformed", 400, httpx.Response(400, text="Traceback", request=ask), None, "5")
+    crowd._judge("malformed", 200, httpx.Response(200, json={}, request=ask), None, "5")
+    assert len(crowd.tally.wrong) == 1 and len(crowd.tally.bad) == 3
+    assert stress.stress("http://127.0.0.1:9", clients=1, minutes=0.01) == 2 and "nobody answers" in capsys.readouterr().err

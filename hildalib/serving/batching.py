@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import Counter, deque
 
-from hildalib.engine import Answer, Choices, Engine, Step
+from hildalib.engine import Answer, Choices, Engine
 from hildalib.serving.guard import Refused
 
 LOG = logging.getLogger("hildalib.serving")
@@ -85,26 +85,30 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._take():
-            answered = set()
-            try:
-                self.counts["batches"] += 1
-                self.counts["rows"] += len(batch)
-                stream = self.engine.stream([ticket.ids for ticket in batch], batch[0].choices, [ticket.stops for ticket in batch],
-                                            steps=any(ticket.steps for ticket in batch), gone=lambda row: batch[row].gone or self.stopped)
-                for row, event in stream:
-                    if isinstance(event, Answer):
-                        answered.add(row)
-                        self.counts["answers"] += 1
-                    if isinstance(event, Answer) or isinstance(event, Step) and batch[row].steps:
-                        batch[row].put(event)
-            except Exception as error:  # a request that breaks the decoder must not end the server
-                LOG.error("a batch of %d failed: %s", len(batch), error)
-                for row, ticket in enumerate(batch):
-                    if row not in answered:
-                        ticket.put(error)
-            else:
-                for row, ticket in enumerate(batch):
-                    if row not in answered:
-                        self.counts["cancelled"] += 1
-                        ticket.put(Refused(503, "the server is shutting down", "shutting_down"))  # one that is gone reads no mail
+            self._decode(batch)
             self.running = 0
+
+    def _decode(self, batch: list[Ticket]) -> None:
+        answered = set()
+        self.counts["batches"] += 1
+        self.counts["rows"] += len(batch)
+        try:
+            stream = self.engine.stream([ticket.ids for ticket in batch], batch[0].choices, [ticket.stops for ticket in batch],
+                                        steps=any(ticket.steps for ticket in batch), gone=lambda row: batch[row].gone or self.stopped)
+            for row, event in stream:
+                if isinstance(event, Answer):
+                    answered.add(row)
+                    self.counts["answers"] += 1
+                if isinstance(event, Answer) or batch[row].steps:
+                    batch[row].put(event)
+        except Exception as error:  # what breaks the decoder must not end the server
+            LOG.error("a batch of %d failed: %s", len(batch), error)
+            for ticket in (ticket for row, ticket in enumerate(batch) if row not in answered):
+                if len(batch) > 1 and not ticket.steps:  # one bad request, or too many for the memory, should not take the others along
+                    self._decode([ticket])
+                else:
+                    ticket.put(error)
+            return
+        for ticket in (ticket for row, ticket in enumerate(batch) if row not in answered):
+            self.counts["cancelled"] += 1
+            ticket.put(Refused(503, "the server is shutting down", "shutting_down"))  # one that is gone reads no mail
