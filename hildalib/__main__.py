@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   hilda run                                 execute the book (minutes on a laptop CPU)
   hilda status                              what is up to date, what is stale and why
   hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode Q
+  hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
+  hilda export outputs/nano/03_sft/checkpoints/dLLM/model --to gguf
 
 `hilda COMMAND --help` tells more. Environment: HILDA_OUTPUTS, HILDA_FIGURES, HILDA_CACHE, HILDA_DATA move the folders.
 """
@@ -37,6 +39,28 @@ GENERATE_EXAMPLE = """example:
   hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode S --tau-mask 0.7 --max-new-tokens 32
 
 MODEL must be converted: an autoregressive one, such as smollm2-135m itself, is refused with what to do.
+"""
+SERVE_EXAMPLES = """examples:
+  hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
+  curl -N localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "12+34=", "stream": true}'
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "12+34=", "max_tokens": 32}'
+  curl localhost:8000/jobs -H 'Content-Type: application/json' -d '{"notebooks": ["04_decode"], "profile": "smoke"}'
+  HILDA_TOKEN=... hilda serve --model MODEL --host 0.0.0.0 --allow-host lab-3.example.org
+
+Routes: GET /health, POST /generate, POST /jobs, GET /jobs, GET /jobs/N, GET /jobs/N/watch, DELETE /jobs/N,
+POST /v1/completions, POST /v1/chat/completions, GET /v1/models; GET /openapi.json describes their fields.
+/generate with "stream": true sends a line of JSON for each forward: which tokens it wrote, and which it edited.
+Needs the extra `serve`: python -m pip install -c constraints.txt -e ".[serve]"
+"""
+EXPORT_EXAMPLES = """examples:
+  hilda export outputs/nano/03_sft/checkpoints/dLLM/model --to hf --out my-model     a folder to push to a hub
+  hilda export my-model --to gguf                          weights for AR engines; the diffusion needs hildalib
+  hilda export my-model --to onnx                          a graph that takes the attention mask, so AR and diffusion
+  hilda export my-model --to int8                          eight-bit weights (bitsandbytes), plain Transformers
+  hilda export adapter-folder --to merged                  LoRA adapters of a quantised base, added to its weights
+
+Every export is read back and its logits are compared with the source's; one that computes something else is not kept.
+onnx needs the extra `export`: python -m pip install -c constraints.txt -e ".[export]"
 """
 
 
@@ -98,6 +122,26 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--tau-edit", type=_threshold, metavar="T", help="confidence in [0, 1] needed to change a token (default: of the mode)")
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="(default: %(default)s)")
     generate.add_argument("--seed", type=_at_least(0), default=0, help="(default: 0)")
+    generate.add_argument("--engine", choices=("auto", "transformers", "dinfer"), default="auto", help="what decodes (default: auto)")
+
+    serve = command("serve", _serve, "answer over HTTP: generation with its steps, OpenAI's completions, runs of the book", epilog=SERVE_EXAMPLES)
+    serve.add_argument("--model", required=True, help="folder, hub id or registered name of a converted model")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; another one than loopback needs a token (default: %(default)s)")
+    serve.add_argument("--port", type=_at_least(1), default=8000, help="(default: %(default)s)")
+    serve.add_argument("--token", help="clients must send `Authorization: Bearer TOKEN` (default: that of HILDA_TOKEN, which other users of the "
+                       "machine cannot read)")
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name in the Host header that is served (repeatable)")
+    serve.add_argument("--engine", choices=("auto", "transformers", "dinfer"), default="auto", help="what decodes (default: auto)")
+    for name, default, help in (("max-prompt", 2048, "tokens of a prompt"), ("max-new-tokens", 1024, "tokens a request may ask for"),
+                                ("max-body", 1 << 20, "bytes of a request"), ("queue", 128, "requests that may wait"),
+                                ("batch", 32, "requests decoded together")):
+        serve.add_argument(f"--{name}", type=_at_least(1), default=default, metavar="N", help=f"most {help} (default: {default})")
+
+    export = command("export", _export, "write a model for other programs, read it back and compare", epilog=EXPORT_EXAMPLES)
+    export.add_argument("model", metavar="MODEL", help="folder, hub id or registered name")
+    export.add_argument("--to", required=True, choices=("hf", "gguf", "onnx", "merged", "int8"), help="form")
+    export.add_argument("--out", metavar="FOLDER", help="where to (default: MODEL-FORM beside the model)")
+    export.add_argument("--license", default=None, help="licence of the weights for the model card (default: that of the parent, to be looked up)")
 
     command("smoke-test", _smoke_test, "save, load and decode with a tiny random model; prints OK")
     command("doctor", _doctor, "tell the device, its capability, what is supported and which settings follow")
@@ -127,10 +171,25 @@ def _status(options) -> int:
 
 
 def _generate(options) -> int:
-    import hildalib
+    from hildalib.engine import open_engine
 
-    print(hildalib.generate(options.prompt, model=options.model, mode=options.mode, tau_mask=options.tau_mask, tau_edit=options.tau_edit,
-                            max_new_tokens=options.max_new_tokens, seed=options.seed))
+    print(open_engine(options.model, options.engine).generate(options.prompt, options.mode, options.tau_mask, options.tau_edit,
+                                                              options.max_new_tokens, options.seed))
+    return 0
+
+
+def _serve(options) -> int:
+    from hildalib import serving
+
+    limits = serving.Limits(options.max_prompt, options.max_new_tokens, options.max_body, options.queue, options.batch)
+    return serving.serve(options.model, host=options.host, port=options.port, token=options.token, engine=options.engine,
+                         names=tuple(options.allow_host), limits=limits)
+
+
+def _export(options) -> int:
+    from hildalib import exports
+
+    print(exports.export(options.model, options.to, options.out, license=options.license))
     return 0
 
 
