@@ -7,7 +7,7 @@ from tiny import FIRST, MASK, VOCABULARY, text, tiny
 
 from hildalib import HildaError, nano
 from hildalib.decoding import Compression, EditSettings, edit_decode
-from hildalib.decoding.compression import CompressedCache, Zap, knorm, rounded, targets
+from hildalib.decoding.compression import CompressedCache, Drawn, Zap, knorm, large, rounded, targets
 
 PROMPTS, REAL = torch.tensor([[2, 2, 5, 6, 7, 8], [9, 5, 6, 7, 8, 11]]), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 SETTINGS = dict(tau_mask=0.6, tau_edit=0.4, max_post_steps=3, max_new_tokens=14, stop_at_eos=False)
@@ -128,6 +128,12 @@ def test_targets_by_loops_and_a_regression_that_finds_a_line():
 def test_impossible_choices_are_refused(bad, message):
     with pytest.raises(HildaError, match=message):
         Compression(**bad)
+
+
+def test_the_controls_are_the_opposite_and_a_draw_that_can_be_repeated():
+    keys = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(large(0, None, keys).argsort(0), (-knorm(0, None, keys)).argsort(0))
+    assert torch.equal(Drawn(3)(0, None, keys), Drawn(3)(1, None, keys)) and Drawn(3)(0, None, keys).shape == (6, 2)
 
 
 def test_no_look_back_and_no_foreign_model():

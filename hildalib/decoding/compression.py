@@ -2,7 +2,7 @@
 
 A block is compressed after the forward that committed it, never in its denoising forwards, whose keys are of noisy tokens. What counts as memory are the
 bytes that the committed part takes in this form; here it is kept unpacked, so its speed is not that of a kernel that reads it packed.
-Entry points: `Compression` (a field of `EditSettings`), `CompressedCache`, `knorm`, `Zap` (`Zap.fit`: a linear KVzap).
+Entry points: `Compression` (a field of `EditSettings`), `CompressedCache`, the scorers `knorm`, `Zap` (`Zap.fit`: a linear KVzap), and their controls `large`, `Drawn`.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,21 @@ Scorer = Callable[[int, Tensor, Tensor], Tensor]  # (layer, attention input (n, 
 def knorm(layer: int, hidden: Tensor, keys: Tensor) -> Tensor:
     """Keys of small norm stay (arXiv 2406.11430, read in kvpress): those attract attention."""
     return -keys.float().norm(dim=-1)
+
+
+def large(layer: int, hidden: Tensor, keys: Tensor) -> Tensor:
+    """Its opposite, a control: keys of large norm stay."""
+    return -knorm(layer, hidden, keys)
+
+
+class Drawn:
+    """Who stays is drawn: the control of all scorers. Reproducible from its seed for the same decodes in the same order."""
+
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, layer: int, hidden: Tensor, keys: Tensor) -> Tensor:
+        return torch.rand(keys.shape[:2], generator=self.generator).to(keys.device)
 
 
 @dataclass(frozen=True)
