@@ -12,7 +12,7 @@ from hildalib.attention import TILED
 from hildalib.decoding import EditSettings, commit, edit_decode
 from hildalib.rl import METHODS, RLRecipe, likelihood, trainer
 from hildalib.rl.exploration import EXPLORATIONS, Explorer, Finish, Plain, Prune, Purify, Retry
-from hildalib.rl.rollout import continued, joined, most_forwards, moved, sample, spared
+from hildalib.rl.rollout import continued, joined, most_forwards, moved, spared
 
 SETTINGS = EditSettings(tau_edit=2.0, max_new_tokens=10, temperature=1.0, commit=commit.Quota(2))
 POOL = [{"prompt": text} for text in ("1", "2+2=", "9-", "345+17")]
@@ -98,8 +98,9 @@ def test_a_budget_begins_only_rows_whose_worst_case_it_covers_and_gives_back_wha
 def test_replayed_steps_joined_rows_and_an_unmoved_row_are_what_the_decoder_made():
     bench = bench_of()
     rollout, _ = bench.decode(prompts_of(bench), SETTINGS, torch.Generator().manual_seed(0))
-    other, _ = bench.decode(prompts_of(bench)[:2], replace(SETTINGS, max_new_tokens=3), torch.Generator().manual_seed(0))
-    both = joined([other, replace(rollout, ids=rollout.ids[:, :3])])
+    other, _ = bench.decode(prompts_of(bench)[:1], replace(SETTINGS, commit=commit.Quota(4)), torch.Generator().manual_seed(0))
+    assert other.x0.shape[1] < rollout.x0.shape[1] and other.noisy.shape[1] < rollout.noisy.shape[1]
+    both = joined([other, rollout])
     for states in (likelihood.mean_field, lambda r: likelihood.trajectory(r, edits=True), lambda r: likelihood.denoising(r, [EOS])):
         def total(r, states=states):
             found = states(r)
@@ -131,12 +132,12 @@ def test_a_completion_that_was_begun_for_the_decoder_is_scored_only_where_it_wen
 # ---- one by one -----------------------------------------------------------------------------------------------------------------
 
 def test_certain_blocks_are_finished_in_one_forward_whose_surplus_is_not_trained():
-    bench = bench_of(sharpen=7.0)
-    prompts, rule = prompts_of(bench) * 4, Finish(SETTINGS.commit, 0.5)
+    bench = bench_of(sharpen=9.0)
+    prompts, rule = prompts_of(bench) * 4, Finish(SETTINGS.commit, 0.2)
     rollout, _ = bench.decode(prompts, replace(SETTINGS, commit=rule), torch.Generator().manual_seed(0))
-    late = Prune(0.5)._late(rollout, rule.tokens)
+    late = Prune(0.2)._late(rollout, rule.tokens)
     written = rollout.wrote.unflatten(-1, (-1, 4)).sum(-1)
-    assert late.any() and (rollout.confidence[late] > 0.5).all() and written.max() > 2
+    assert late.any() and (rollout.confidence[late] > 0.2).all() and written.max() > 2
     assert int((written > 2).sum()) == int(late.unflatten(-1, (-1, 4)).any(-1).sum())
     never, _ = bench.decode(prompts, replace(SETTINGS, commit=Finish(SETTINGS.commit, 1.0)), torch.Generator().manual_seed(0))
     quota, _ = bench.decode(prompts, SETTINGS, torch.Generator().manual_seed(0))
@@ -161,7 +162,7 @@ def test_pruning_gives_the_prefix_that_all_attempts_share_and_takes_it_from_ever
     assert not any(made.scored[i, start[i]:start[i] + 2].any() for i in pair.nonzero()[:, 0])
     assert all(made.scored[i, start[i]] for i in (~pair).nonzero()[:, 0])
     off, _, _, _ = Prune(1.0)(bench, plain, torch.Generator().manual_seed(0))
-    assert (off.scored[torch.arange(8), off.prompt_length[:8]]).all() and (off.credit[:8] == 1).all()
+    assert (off.scored[torch.arange(8), off.prompt_length[:8]]).all() and (off.credit[off.scored] == 1).all()
 
 
 def test_a_failed_attempt_is_repeated_from_its_first_wrong_block_and_only_the_rest_is_trained():
@@ -213,10 +214,10 @@ def test_lens_deletes_what_rl_moved_most_and_restores_the_prompt_in_the_loss():
     made, items, rewards, groups = wrapper(right, plain, torch.Generator().manual_seed(0))
     assert made.forwards.sum() <= 2 * plain.budget
     used = [(groups == number).nonzero()[:, 0].tolist() for number in range(4)]
-    assert all(len(rows) == 2 and min(rows) >= 8 for rows in used[1:])  # two right ones in the place of two wrong ones
+    assert all(len(rows) == 2 and max(rows) >= 8 for rows in used[1:]) and min(used[1]) >= 8  # right ones in the place of as many wrong ones
     for number in (1, 2, 3):
-        for row in used[number]:
-            assert made.x0[row, :made.prompt_length[row]].tolist() == plain.prompts[number] and (made.credit[row][made.scored[row]] == 1).all()
+        for row in (row for row in used[number] if row >= 8):
+            assert rewards[row] == 1 and made.x0[row, :made.prompt_length[row]].tolist() == plain.prompts[number] and (made.credit[row][made.scored[row]] == 1).all()
             ids = made.x0[row][made.scored[row]]
             assert torch.equal(made.ids[row, :len(ids)], ids)
 
@@ -246,7 +247,7 @@ def test_where_nothing_qualifies_both_halves_are_plain():
         made, _, _, groups = wrapper(bench, rounds, generator.manual_seed(3))
         if wrapper != Purify(tau=2.0):  # which paid for scores
             assert torch.equal(made.ids[8:], again.ids) and groups[8:].tolist() == [rounds.rounds[i] for i in begun]
-        assert (made.credit == 1).all() and groups.max() < 4
+        assert (made.credit[made.scored] == 1).all() and groups.max() < 4
     made, _, _, _ = Retry()(bench, rounds, generator)
     assert torch.equal(made.ids, rounds.rollout.ids) and torch.equal(made.scored, rounds.rollout.scored) and (made.credit == 1).all()
 
@@ -274,8 +275,9 @@ def test_only_tokens_with_credit_move_the_loss(name):
     model, tokenizer, task, recipe = run_of(name, reward=lambda text: float(share(text) > 0.1))
     model.eval().set_attn_implementation(TILED)
     run = trainer._Run(model, tokenizer, task, POOL, recipe, SETTINGS, False)
-    rollout, items, rewards, groups = run.roll()
-    batch = run._batch(rollout, items, rewards, groups, 0)
+    while (batch := run._batch(*(rolled := run.roll()), 0)) is None:  # a step whose rewards are all equal
+        run.step += 1
+    rollout, items, rewards, groups = rolled
     rows = torch.isin(groups, batch.groups)
     trained = batch.states.weight[:, 0] != 0
     assert torch.equal(trained, (rollout.scored & (rollout.credit > 0))[rows]) and (batch.lengths == trained.sum(1).clamp(min=1)).all()

@@ -226,8 +226,9 @@ def continued(rollout: Rollout, prompt_length: Tensor, max_new_tokens: int, eos:
 
 
 def spared(rollout: Rollout, until: Tensor) -> Rollout:
-    """`rollout` with the positions before until (B,) as if they had been given: in sight of all others and never trained."""
-    before = torch.arange(rollout.x0.shape[1]) < until[:, None]
+    """`rollout` with the tokens of the completion before position until (B,) as if they had been given: in sight of all others and never trained."""
+    position = torch.arange(rollout.x0.shape[1])
+    before = (position < until[:, None]) & (position >= rollout.prompt_length[:, None])
     return replace(rollout, scored=rollout.scored & ~before, step_map=rollout.step_map.masked_fill(before, 0),
                    credit=rollout.credit.masked_fill(before, 0.0))
 
