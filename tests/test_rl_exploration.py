@@ -132,15 +132,15 @@ def test_a_completion_that_was_begun_for_the_decoder_is_scored_only_where_it_wen
 # ---- one by one -----------------------------------------------------------------------------------------------------------------
 
 def test_certain_blocks_are_finished_in_one_forward_whose_surplus_is_not_trained():
-    bench = bench_of(sharpen=9.0)
-    prompts, rule = prompts_of(bench) * 4, Finish(SETTINGS.commit, 0.2)
-    rollout, _ = bench.decode(prompts, replace(SETTINGS, commit=rule), torch.Generator().manual_seed(0))
-    late = Prune(0.2)._late(rollout, rule.tokens)
+    bench = bench_of(settings=(cold := replace(SETTINGS, temperature=0.3)))
+    prompts, rule = prompts_of(bench) * 4, Finish(SETTINGS.commit, 0.1)
+    rollout, _ = bench.decode(prompts, replace(cold, commit=rule), torch.Generator().manual_seed(0))
+    late = Prune(0.1)._late(rollout, rule.tokens)
     written = rollout.wrote.unflatten(-1, (-1, 4)).sum(-1)
-    assert late.any() and (rollout.confidence[late] > 0.2).all() and written.max() > 2
+    assert late.any() and (rollout.confidence[late] > 0.1).all() and written.max() > 2
     assert int((written > 2).sum()) == int(late.unflatten(-1, (-1, 4)).any(-1).sum())
-    never, _ = bench.decode(prompts, replace(SETTINGS, commit=Finish(SETTINGS.commit, 1.0)), torch.Generator().manual_seed(0))
-    quota, _ = bench.decode(prompts, SETTINGS, torch.Generator().manual_seed(0))
+    never, _ = bench.decode(prompts, replace(cold, commit=Finish(SETTINGS.commit, 1.0)), torch.Generator().manual_seed(0))
+    quota, _ = bench.decode(prompts, cold, torch.Generator().manual_seed(0))
     assert torch.equal(never.ids, quota.ids) and torch.equal(never.forwards, quota.forwards) and not Prune(1.0)._late(never, 2).any()
 
 
@@ -214,7 +214,7 @@ def test_lens_deletes_what_rl_moved_most_and_restores_the_prompt_in_the_loss():
     made, items, rewards, groups = wrapper(right, plain, torch.Generator().manual_seed(0))
     assert made.forwards.sum() <= 2 * plain.budget
     used = [(groups == number).nonzero()[:, 0].tolist() for number in range(4)]
-    assert all(len(rows) == 2 and max(rows) >= 8 for rows in used[1:]) and min(used[1]) >= 8  # right ones in the place of as many wrong ones
+    assert all(len(rows) == 2 and max(rows) >= 8 for rows in used[1:])  # right ones in the place of as many wrong ones
     for number in (1, 2, 3):
         for row in (row for row in used[number] if row >= 8):
             assert rewards[row] == 1 and made.x0[row, :made.prompt_length[row]].tolist() == plain.prompts[number] and (made.credit[row][made.scored[row]] == 1).all()
