@@ -386,4 +386,5 @@ class Progress:
             return
         eta, self.last = (now - self.start) / (step - self.first) * (self.recipe.steps - step), now
         shown = "  ".join(f"{name} {row[name]:.3f}" for name in ("reward", "equal_groups", "entropy", "grad_norm") if name in row)
-        print(f"{self.recipe.method}  step {step}/{self.recipe.steps}  {shown}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
+        title = " + ".join(filter(None, (self.recipe.method, self.recipe.exploration)))
+        print(f"{title}  step {step}/{self.recipe.steps}  {shown}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
