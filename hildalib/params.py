@@ -169,6 +169,7 @@ class Rl(Common):
     start_lr: float = field(5e-4, "peak learning rate", low=0)
     methods: list[str] = field(["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits", "REINFORCE",
                                 "SFT on successes", "AR GRPO"], "what is compared, the default first; hildalib.rl.METHODS")
+    wrappers: list[str] = field(["STP-inspired", "LENS-like", "R3L-like"], "other ways to sample wd1's completions; hildalib.rl.exploration.EXPLORATIONS")
     quota: int = field(2, "tokens that a forward of the rollouts, and of the setting to improve, writes: no more, no fewer", low=1)
     edit_rollouts: float = field(0.5, "tau_edit of the rollouts of AGRPO with edits and of the audit", low=0, high=1)
     max_new_tokens: int = field(24, "tokens of an answer", low=1)

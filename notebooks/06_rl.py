@@ -37,6 +37,7 @@ start_batch = 4
 start_lr = 5e-4
 methods = ["wd1++", "wd1++ redrawn", "wd1", "ESPO", "EBPO", "diffu-GRPO", "AGRPO", "AGRPO with edits",
            "REINFORCE", "SFT on successes", "AR GRPO"]
+wrappers = ["STP-inspired", "LENS-like", "R3L-like"]
 quota = 2
 edit_rollouts = 0.5
 max_new_tokens = 24
@@ -205,9 +206,39 @@ for method in methods:
     print(f"{method:17} {log.accuracy.iloc[-1]:.3f}, {log.cpu_seconds.sum():.0f} CPU-seconds", flush=True)
     logs[method] = log
 
+# %% [markdown]
+# ## Other ways to spend the rollouts
+#
+# A wrapper changes which completions are sampled, not what is made of them, so it goes with any method; here with wd1, the cheapest of all. Half of each group are plain attempts; the other half is made with what those showed, and may cost the forwards that they cost, no more:
+#
+# | wrapper | the other half | what leaves the loss |
+# |---|---|---|
+# | STP-inspired | is given the beginning on which all plain attempts surely agree, and finishes a block at once when it is sure of all of it | that beginning, and what was written at once |
+# | LENS-like | of prompts that mostly fail: answers without the prompt tokens that RL has moved most; right ones replace wrong ones, behind the whole prompt | wrong answers to the shorter prompt |
+# | R3L-like | of failed attempts: the same again from the first wrong block on, with editing | everything before that block, in both |
+#
+# Only the abstract of STP (arXiv 2602.08905) is public; constants of LENS (arXiv 2601.21244) are unverified; R3L (arXiv 2601.03715) reflects in words before it tries again, which these models do not. All three were published for other models and are small here: read them as tests of an idea. Forwards are held equal on average, and CPU-seconds are shown: small batches cost more of them.
+
 # %%
+BASE = "wd1"
+wrapped = {f"{BASE} + {wrapper}": wrapper for wrapper in wrappers}
+for name, wrapper in wrapped.items():
+    recipes[name] = rl.RLRecipe(method=BASE, exploration=wrapper, **shared)
+    starts[name], trained[name] = loaded["dLLM"], copy.deepcopy(loaded["dLLM"])
+    logs[name] = rl.train(trained[name], tokenizer, teacher, pool, recipes[name], sampled(BASE),
+                          folder / name, chat=chat, evaluate=held_out(BASE))
+    print(f"{name:18} {logs[name].accuracy.iloc[-1]:.3f}, {logs[name].cpu_seconds.sum():.0f} CPU-seconds",
+          flush=True)
+
+# %% [markdown]
+# ## All of them
+#
+# Held-out accuracy against steps; the axis of the twin is its own.
+
+# %%
+arms = [*methods, *wrapped]
 before = dict(zip(start.setting, start.accuracy))
-first = {method: before["twin" if method == TWIN else "fast"] for method in methods}
+first = {name: before["twin" if name == TWIN else "fast"] for name in arms}
 curves = learning.learning_curves(logs, first, prompts * group)
 curves.to_csv(output / "curves.csv", index=False)
 
@@ -235,17 +266,17 @@ plt.show()
 # %% [markdown]
 # ## What the gradient had to work with
 #
-# *noise*: the variance of the start's gradient over fresh batches, as a multiple of the squared mean gradient: how many steps an average would need until it is as much signal as noise. *mask noise*: the part of it that the draw of masks or rounds makes, with the same completions. *equal groups*: the share of completions without a signal. *log-ratio std* is 0 with one update a batch: the policy that sampled is the one that learns.
+# *noise*: the variance of the start's gradient over fresh batches, as a multiple of the squared mean gradient: how many steps an average would need until it is as much signal as noise. *mask noise*: the part of it that the draw of masks or rounds makes, with the same completions. *equal groups*: the share of completions without a signal. *log-ratio std* is 0 with one update a batch: the policy that sampled is the one that learns. *forwards*: of the rollouts, summed over rows. Under a wrapper *equal groups* counts completions that were sampled and not used, and *noise* is that of the start, where LENS has nothing to compare.
 
 # %%
 spent = learning.costs(logs, prompts * group)
-for method in methods:
-    found = noise.gradient_noise(copy.deepcopy(starts[method]), tokenizer, teacher, pool, recipes[method],
-                                 sampled(method), batches=noise_batches, chat=chat)
-    spent.loc[spent.arm == method, list(found)] = list(found.values())
+for name in arms:
+    found = noise.gradient_noise(copy.deepcopy(starts[name]), tokenizer, teacher, pool, recipes[name],
+                                 sampled(name), batches=noise_batches, chat=chat)
+    spent.loc[spent.arm == name, list(found)] = list(found.values())
 spent.to_csv(output / "costs.csv", index=False)
-columns = ["arm", "cpu_seconds", "equal_groups", "noise", "mask_noise", "log_ratio_std", "grad_norm",
-           "entropy", "tokens", "edits"]
+columns = ["arm", "cpu_seconds", "forwards", "equal_groups", "noise", "mask_noise", "log_ratio_std",
+           "grad_norm", "entropy", "tokens", "edits"]
 print(spent[columns].round(3).to_string(index=False))
 
 # %% [markdown]
@@ -296,7 +327,7 @@ columns = ["arm", "setting", "n_seeds", "accuracy", "gain", "gain_low", "gain_hi
 print(means[columns].round(3).to_string(index=False))
 
 # %%
-page = means[means.arm.isin(methods)]
+page = means[means.arm.isin(arms)]
 page = page.rename(columns={"gain": "difference", "gain_low": "low", "gain_high": "high"})
 page = page.assign(measure=page.setting.map({"twin": "slow"}).fillna(page.setting),
                    better="higher")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.layout import Layout, target_logits
-from hildalib.rl.rollout import Rollout
+from hildalib.rl.rollout import Rollout, replayed
 
 SCHEMES = ("random", "stratified", "coupled", "balanced")
 
@@ -196,15 +196,8 @@ def trajectory(rollout: Rollout, *, edits: bool, samples: int | None = None, gen
     if edits:
         noisy, scored, labels = rollout.noisy, rollout.wrote, rollout.predicted
     else:
-        blocks = rollout.step_map.unflatten(-1, (-1, size))
-        later = (blocks[..., None] > blocks[..., None, :]) & (blocks[..., None, :] > 0)  # which of its block were final before it
-        first = torch.ones(size, size, dtype=torch.bool).tril(-1)
-        leads = (blocks > 0) & ~((blocks[..., None] == blocks[..., None, :]) & first).any(-1)  # one token for each distinct step
-        rank = (later & leads[..., None, :]).sum(-1).flatten(-2)
-        copies = torch.arange(int(rank.max()) + 1)[:, None]
-        written = rollout.written[:, None]
-        noisy = rollout.x0[:, None].masked_fill(written & (rank[:, None] >= copies), rollout.mask_token_id)
-        scored, labels = written & (rank[:, None] == copies), rollout.x0[:, None].expand_as(noisy)
+        noisy, scored = replayed(rollout.x0, rollout.step_map, size, rollout.mask_token_id)
+        labels = rollout.x0[:, None].expand_as(noisy)
     rounds = (_block_sum(scored, size) > 0).sum(1)
     index, weight = _picked(rounds, samples, generator)
     index = index.clamp(max=noisy.shape[1] - 1)

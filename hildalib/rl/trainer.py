@@ -25,6 +25,7 @@ from hildalib.decoding import EditSettings
 from hildalib.decoding.decoded import eos_ids
 from hildalib.evaluate import left_pad
 from hildalib.rl import objectives
+from hildalib.rl.exploration import EXPLORATIONS, Explorer
 from hildalib.rl.likelihood import States, denoising, elbo_states, mean_field, redrawn, token_logp, trajectory
 from hildalib.rl.rollout import Rollout, sample, score, spliced
 from hildalib.runs import load_finished, publish
@@ -81,7 +82,8 @@ class RLRecipe:
     moves only from the second on). samples: noisy copies of an ELBO, or rounds of a block that a trajectory scores. Prompts are
     revisited pass by pass: with ever-new ones a public small-scale reproduction of d1 did not learn. micro_batch: rows of a
     forward with gradient; smaller ones give the same gradient for less memory and a third more time. lr_end: the share of lr that is
-    left at the end of a linear decay; 1 = constant, as published; with few and noisy steps 0 averages the last ones."""
+    left at the end of a linear decay; 1 = constant, as published; with few and noisy steps 0 averages the last ones. exploration: who
+    makes the second half of each group (`exploration.EXPLORATIONS`), within the forwards of the first; "" = all are plain."""
 
     method: str = "wd1++"
     steps: int = 20  # wd1++'s published count
@@ -94,6 +96,7 @@ class RLRecipe:
     weight_decay: float = 0.01  # ESPO
     max_grad_norm: float = 0.2  # d1, wd1, ESPO
     micro_batch: int = 64
+    exploration: str = ""
     seed: int = 0
     save_every: int = 5
     eval_every: int = 5
@@ -106,6 +109,15 @@ class RLRecipe:
                 raise HildaError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.group < 2:
             raise HildaError(f"group = {self.group}: a completion is judged against the others of its prompt; use at least 2")
+        if self.exploration not in ("", *EXPLORATIONS):
+            raise HildaError(f"exploration {self.exploration!r} is unknown; use one of {', '.join(EXPLORATIONS)}, or an empty text for none")
+        if self.exploration and self.group % 2:
+            raise HildaError(f"group = {self.group}: with exploration half of a group are plain attempts; use an even number")
+
+    @property
+    def plain(self) -> int:
+        """Completions of a step that are plain attempts; they come first."""
+        return self.prompts * (self.group // 2 if self.exploration else self.group)
 
 
 def _generator(seed: int, step: int, part: int) -> torch.Generator:
@@ -203,11 +215,19 @@ class _Run:
         self.method, self.eos, self.step = METHODS[recipe.method], eos_ids(model), 0
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)  # betas: d1
-        self.reference = copy.deepcopy(model).requires_grad_(False) if self.method.reference else None
+        self.wrapper = EXPLORATIONS.get(recipe.exploration)
+        start = copy.deepcopy(model).requires_grad_(False) if self.method.reference or self.wrapper and self.wrapper.reference else None
+        self.reference = start if self.method.reference else None
+        self.explorer = Explorer(model, start, tokenizer, task, settings, self.eos)
 
     def roll(self) -> tuple[Rollout, list[dict], Tensor, Tensor]:
         """The completions of the present step with their items, rewards and groups."""
         recipe = self.recipe
+        if self.wrapper:
+            items = prompts_of(self.step, recipe, self.pool)
+            ids, real = _encode(self.tokenizer, self.task, items, self.chat, self.eos[0])
+            prompts = [row[mask.bool()].tolist() for row, mask in zip(ids, real)]
+            return self.explorer.explore(recipe.exploration, prompts, items, recipe.group, _generator(recipe.seed, self.step, 1))
         items = [item for item in prompts_of(self.step, recipe, self.pool) for _ in range(recipe.group)]
         ids, real = _encode(self.tokenizer, self.task, items, self.chat, self.eos[0])
         rollout = sample(self.model, ids.to(self.model.device), self.settings, attention_mask=real.to(self.model.device),
@@ -219,8 +239,8 @@ class _Run:
         """One step; returns its log row."""
         wall, cpu = time.perf_counter(), time.process_time()
         rollout, items, rewards, groups = self.roll()
-        row = {"step": self.step + 1, "reward": rewards.mean().item(), "equal_groups": 1 - objectives.informative(rewards, groups).float().mean().item(),
-               "tokens": rollout.scored.sum(1).float().mean().item(), "confidence": rollout.confidence[rollout.written].mean().item(),
+        row = {"step": self.step + 1, "reward": rewards[:self.recipe.plain].mean().item(), "equal_groups": 1 - objectives.informative(rewards, groups).float().mean().item(),
+               "tokens": rollout.scored.sum(1).float().mean().item(), "confidence": rollout.confidence[rollout.written].nanmean().item(),
                "edits": rollout.edits.float().mean().item(), "forwards": rollout.forwards.sum().item(), "positions": rollout.positions_fed.sum().item()}
         row |= self._learn(rollout, items, rewards, groups)
         self.step += 1
@@ -234,7 +254,8 @@ class _Run:
             states = redrawn(self.model, rollout, self.eos, self.method.draws, quota, self.recipe.samples, generator)
         else:
             states = self.method.states(rollout, self.recipe.samples, self.eos, generator)
-        owner, lengths = torch.arange(len(items)), rollout.scored.sum(1)
+        states = replace(states, weight=states.weight * rollout.credit[:, None])
+        owner, lengths = torch.arange(len(items)), (rollout.scored & (rollout.credit > 0)).sum(1).clamp(min=1)
         if predictions:
             where = blocks_scored(states)
             owner, copy, block = where.nonzero().T
@@ -243,7 +264,7 @@ class _Run:
             rewards = score(drafts, self.tokenizer, self.task, [items[row] for row in owner.tolist()])
             groups = groups[owner] if not self.method.draws else (owner * where.shape[1] + copy // states.draws) * where.shape[2] + block
         kept = objectives.informative(rewards, groups)
-        if not kept.any():
+        if not kept.any() or not states.weight.any():
             return None
         if predictions:
             where[where.clone()] = kept
@@ -297,8 +318,9 @@ class _Run:
 
 
 def _fingerprint(model, pool: list[dict], recipe: RLRecipe, settings: EditSettings, task) -> str:
-    """What a run depends on; a checkpoint of another fingerprint is never resumed."""
-    record = [asdict(recipe), asdict(settings), task.name, getattr(task, "version", 0), pool]
+    """What a run depends on; a checkpoint of another fingerprint is never resumed. Without a wrapper it is what it was before there were any."""
+    choices = {name: value for name, value in asdict(recipe).items() if value != ""} | ({"wrapper": EXPLORATIONS[recipe.exploration]} if recipe.exploration else {})
+    record = [choices, asdict(settings), task.name, getattr(task, "version", 0), pool]
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True, default=str).encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -313,7 +335,7 @@ def train(model, tokenizer, task, pool: list[dict], recipe: RLRecipe, settings: 
     >= 1 and method "AR GRPO" is the AR reference. evaluate: called with the model after every recipe.eval_every steps and the
     last one; what it returns joins the row. The model stays in eval mode: with dropout the first ratio would not be 1.
 
-    Columns: step, reward (mean), equal_groups (share of samples whose group has one reward: no signal), tokens, edits (a
+    Columns: step, reward (mean of the plain attempts), equal_groups (share of samples whose group has one reward: no signal), tokens, edits (a
     completion), confidence (mean at the last write), forwards, positions (of the rollout), learn_forwards, learn_positions (see
     `_Run._learn`), loss, entropy (nats a scored token), grad_norm (before clipping), the objective's statistics, seconds,
     cpu_seconds, peak_memory_gb. An interrupted run with the same arguments and start weights continues from its last checkpoint;
@@ -364,4 +386,5 @@ class Progress:
             return
         eta, self.last = (now - self.start) / (step - self.first) * (self.recipe.steps - step), now
         shown = "  ".join(f"{name} {row[name]:.3f}" for name in ("reward", "equal_groups", "entropy", "grad_norm") if name in row)
-        print(f"{self.recipe.method}  step {step}/{self.recipe.steps}  {shown}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
+        title = " + ".join(filter(None, (self.recipe.method, self.recipe.exploration)))
+        print(f"{title}  step {step}/{self.recipe.steps}  {shown}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)

@@ -1,11 +1,12 @@
 """Arithmetic chains with worked steps: short, character-friendly, verifiable, endless.
 
 Prompt "17+25-8=", response "17+25=42;42-8=34;34": one step per operation, then the answer. Entry points: `items`, `stream`,
-`prompt`, `response`, `answer`, `score` (final answer), `exact` (whole response), `parts` (partial credit, a reward for RL).
+`prompt`, `response`, `answer`, `score` (final answer), `exact` (whole response), `parts` (partial credit, a reward for RL), `sound`.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -102,3 +103,8 @@ def parts(text: str, item: dict) -> float:
         return 0.0
     found, wanted = (re.findall(r"[0-9]+|[^0-9]", value) for value in (text.strip(), response(item)))
     return sum(one == other for one, other in zip(found, wanted)) / max(len(found), len(wanted))
+
+
+def sound(text: str, item: dict) -> int:
+    """Characters of `text` before the first that is not the worked response's."""
+    return len(os.path.commonprefix([text, response(item)]))

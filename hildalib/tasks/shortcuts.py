@@ -2,12 +2,13 @@
 
 The questions are those of `arithmetic`; a hash of the question decides how its demonstration answers, and both ways score if they are
 right. A model that learned from both and cannot do two operations in its head is right far more often when it works: what a
-verifiable reward can bring out without teaching anything new. Entry points: `items`, `stream`, `prompt`, `response`, `answer`, `worked`, `score`.
+verifiable reward can bring out without teaching anything new. Entry points: `items`, `stream`, `prompt`, `response`, `answer`, `worked`, `score`, `sound`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 
 from hildalib.tasks import arithmetic
 from hildalib.tasks.arithmetic import answer, items, key, prompt, stream
@@ -17,7 +18,7 @@ version = 1
 
 AT_ONCE = 55  # of 100 demonstrations: the start then answers at once more often than not, and both ways are sampled
 
-__all__ = ["answer", "items", "name", "prompt", "response", "score", "stream", "version", "worked"]
+__all__ = ["answer", "items", "name", "prompt", "response", "score", "sound", "stream", "version", "worked"]
 
 
 def _shown_at_once(item: dict) -> bool:
@@ -39,3 +40,9 @@ def worked(text: str) -> bool:
 def score(text: str, item: dict) -> float:
     """1.0 if what follows the last ';', or all of a text without one, is the right answer (outer white space aside), else 0.0."""
     return float(isinstance(text, str) and answer(text) == answer(arithmetic.response(item)))
+
+
+def sound(text: str, item: dict) -> int:
+    """Characters of `text` before it leaves both right ways to answer."""
+    worked_out = arithmetic.response(item)
+    return max(len(os.path.commonprefix([text, way])) for way in (worked_out, answer(worked_out)))
