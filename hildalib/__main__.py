@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 from hildalib import HildaError, __version__
 
-RUN_EXAMPLES = """examples:
+RUN_TRAIN_EXAMPLES = """examples:
+  accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
+  accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
+  accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+      --fsdp_state_dict_type FULL_STATE_DICT -m hildalib train 02_wsd --profile qwen3-1.7b      four GPUs, weights sharded
+  hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
+  hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
+
+The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
+losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
+"""
+EXAMPLES = """examples:
   hilda run                                 all notebooks, profile nano; what is up to date is left alone
   hilda run 04_decode --set seed=1          one notebook, one parameter changed
   hilda run --profile smol --jobs 2         a larger model, two notebooks at a time
@@ -21,11 +32,24 @@ RUN_EXAMPLES = """examples:
 Parameters live in params/<profile>/<notebook>.yaml; the profile smoke is the notebooks' own defaults (seconds).
 An interrupted run continues when the same command is given again.
 """
+TRAIN_EXAMPLES = """examples:
+  accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
+  accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
+  accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+      --fsdp_state_dict_type FULL_STATE_DICT -m hildalib train 02_wsd --profile qwen3-1.7b      four GPUs, weights sharded
+  hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
+  hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
+
+The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
+losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
+"""
 EXAMPLES = """examples:
   hilda smoke-test                          is the installation sound? (seconds, no download)
   hilda doctor                              what this machine supports, and which settings follow
   hilda run                                 execute the book (minutes on a laptop CPU)
   hilda status                              what is up to date, what is stale and why
+  hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB     what a training step needs, before it is started
+  hilda tokenise dolma:FOLDER --model smollm2-135m --out FOLDER --jobs 8    a large corpus, once
   hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode Q
 
 `hilda COMMAND --help` tells more. Environment: HILDA_OUTPUTS, HILDA_FIGURES, HILDA_CACHE, HILDA_DATA move the folders.
@@ -86,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at a time (default: 1)")
     run.add_argument("--force", action="store_true", help="run from scratch even what is up to date")
 
+    train = command("train", _train, "train the arms of a notebook, in as many processes as a launcher starts", epilog=TRAIN_EXAMPLES)
+    train.add_argument("notebook", metavar="NOTEBOOK", help="02_wsd or 03_sft")
+    train.add_argument("--profile", default="nano", help="parameter set (default: nano)")
+    train.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="change a parameter (repeatable)")
+    train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME", help="only this arm (repeatable; default: all of the profile)")
+
     status = command("status", _status, "list notebooks with their state: up to date, stale, missing, failed, running, invalid")
     status.add_argument("--profile", help="only this one")
 
@@ -110,6 +140,12 @@ def _run(options) -> int:
     from hildalib import book
 
     return book.run(options.notebooks, options.profile, dict(options.overrides), force=options.force, jobs=options.jobs, seeds=options.seeds)
+
+
+def _train(options) -> int:
+    from hildalib import stages
+
+    return stages.run(options.notebook, options.profile, dict(options.overrides), options.arms)
 
 
 def _status(options) -> int:
