@@ -15,7 +15,7 @@ RUN_TRAIN_EXAMPLES = """examples:
   accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
   accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
   accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-      --fsdp_state_dict_type FULL_STATE_DICT -m hildalib train 02_wsd --profile qwen3-1.7b      four GPUs, weights sharded
+      -m hildalib train 02_wsd --profile qwen3-0.6b                                    four GPUs, weights sharded over them
   hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
   hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
 
@@ -36,7 +36,7 @@ TRAIN_EXAMPLES = """examples:
   accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
   accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
   accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-      --fsdp_state_dict_type FULL_STATE_DICT -m hildalib train 02_wsd --profile qwen3-1.7b      four GPUs, weights sharded
+      -m hildalib train 02_wsd --profile qwen3-0.6b                                    four GPUs, weights sharded over them
   hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
   hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
 

@@ -24,7 +24,7 @@ class Sharded(DiffusionTrainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         state.distributed_type, self.is_fsdp_enabled = DistributedType.FSDP, True
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT")
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT")
 
 
 def run(folder, name="dLLM", steps=4, sharded=False, **changes):
