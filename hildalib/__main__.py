@@ -11,18 +11,7 @@ from collections.abc import Sequence
 
 from hildalib import HildaError, __version__
 
-RUN_TRAIN_EXAMPLES = """examples:
-  accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
-  accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
-  accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-      -m hildalib train 02_wsd --profile qwen3-0.6b                                    four GPUs, weights sharded over them
-  hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
-  hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
-
-The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
-losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
-"""
-EXAMPLES = """examples:
+RUN_EXAMPLES = """examples:
   hilda run                                 all notebooks, profile nano; what is up to date is left alone
   hilda run 04_decode --set seed=1          one notebook, one parameter changed
   hilda run --profile smol --jobs 2         a larger model, two notebooks at a time
@@ -42,6 +31,14 @@ TRAIN_EXAMPLES = """examples:
 
 The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
 losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
+"""
+PLAN_EXAMPLES = """examples:
+  hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB
+  hilda plan 02_wsd --profile qwen3-0.6b+pascal --memory 8GB --gflops 8000     for a card that is not here: its float32 rate
+  hilda plan 03_sft --profile smol --set batch_size=16 --memory 4GiB           where it does not fit, what would make it fit
+
+Nothing is loaded: the step is run on tensors without content, and every allocation counted. Memory is that of the step with the most
+positions that can have a loss; time is operations over the matmul rate of this machine (or --gflops), a lower bound.
 """
 EXAMPLES = """examples:
   hilda smoke-test                          is the installation sound? (seconds, no download)
@@ -116,6 +113,15 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="change a parameter (repeatable)")
     train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME", help="only this arm (repeatable; default: all of the profile)")
 
+    plan = command("plan", _plan, "predict memory and time of a training stage from its parameters alone", epilog=PLAN_EXAMPLES)
+    plan.add_argument("notebook", nargs="?", default="02_wsd", metavar="NOTEBOOK", help="02_wsd (default) or 03_sft")
+    plan.add_argument("--profile", default="nano", help="parameter set, with overlays: profile+overlay (default: nano)")
+    plan.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                      help="change a parameter of this notebook, of 02_wsd or of 01_data (repeatable)")
+    plan.add_argument("--arm", default="dLLM", metavar="NAME", help="arm to plan for (default: dLLM)")
+    plan.add_argument("--memory", metavar="SIZE", help="of the card, e.g. 8GB: does it fit, and if not, what would make it")
+    plan.add_argument("--gflops", type=float, metavar="RATE", help="matmul rate of the machine to plan for, in GFLOP/s (default: measured here)")
+
     status = command("status", _status, "list notebooks with their state: up to date, stale, missing, failed, running, invalid")
     status.add_argument("--profile", help="only this one")
 
@@ -146,6 +152,12 @@ def _train(options) -> int:
     from hildalib import stages
 
     return stages.run(options.notebook, options.profile, dict(options.overrides), options.arms)
+
+
+def _plan(options) -> int:
+    from hildalib import planner
+
+    return planner.run(options.notebook, options.profile, dict(options.overrides), options.arm, options.memory, options.gflops)
 
 
 def _status(options) -> int:

@@ -22,15 +22,15 @@ from hildalib.attention import TILED
 from hildalib.gated import checkpointing, gate
 from hildalib.layout import Layout, target_scores
 
-PARTS = ("weights", "gradients", "optimiser state", "activations", "logits and loss", "dequantised weights", "backward workspace")
+PARTS = ("weights", "gradients", "optimiser state", "activations", "logits and loss", "dequantised weights", "backward workspace", "optimiser workspace")
 GROUP, ABSMAX_GROUP = 64, 256  # weights that share a scale in NF4; scales that share one of their own (double quantisation)
 BLOCK, SMALL = 256, 4096  # bitsandbytes: values that share a scale in an 8-bit state; smaller tensors keep 32-bit states
 
 
 @dataclass
 class Step:
-    """parts: bytes at the moment of the highest total, by name of PARTS; peak: their sum; resident: weights, gradients and state; pageable: the
-    part of the state that may leave the card; flops: of forward, backward and both together with what checkpointing runs again."""
+    """parts: bytes at the moment of the highest total, by name of PARTS; peak: their sum; pageable: the part of the optimiser state that may
+    leave the card; flops: of forward and backward, with what checkpointing runs again; trained: weights that learn."""
 
     parts: dict[str, int]
     forward_flops: int
@@ -157,15 +157,20 @@ def _states(parameter, optimizer: str) -> int:
     return 2 * (count + 4 * -(-count // BLOCK)) if count >= SMALL else 8 * count
 
 
-def simulate(config, recipe, length: int, *, weights: str = "float32", quantize: str = "", lora_rank: int = 0, math: bool = False,
-             targets: torch.Tensor | None = None, context: torch.Tensor | None = None, block_size: int | None = None, hold: str = "") -> Step:
+def _unpacking(parameter, optimizer: str, device: str) -> int:
+    """Bytes that the update of one parameter takes for itself: bitsandbytes has a kernel for 8-bit states on a card, not on a CPU, where both states,
+    gradient, root and denominator stand in float32 (0.50), and the weight too if it is stored in less. The fused float32 update takes none."""
+    return (20 + 4 * (parameter.element_size() < 4)) * parameter.numel() if "8bit" in optimizer and device == "cpu" and parameter.numel() >= SMALL else 0
+
+
+def simulate(config, recipe, length: int, *, weights: str = "float32", quantize: str = "", lora_rank: int = 0, math: bool = False, device: str = "cuda",
+             targets: torch.Tensor | None = None, context: torch.Tensor | None = None) -> Step:
     """The step of `recipe` (one micro-batch, forward, backward, optimiser) on a model of `config`, in its working block size.
 
     weights, quantize, lora_rank: as in notebook 02. math: attention that makes its scores whole (cards before Volta). targets (B, C, L), context
     (B, L): positions with a loss; None: all, which is the most that a step can have. A parent that teaches is counted as weights.
     """
-    batch, copies = recipe.batch_size, recipe.copies_used
-    size = block_size or recipe.schedule.block_size(recipe.schedule.total_steps)
+    batch, copies, size = recipe.batch_size, recipe.copies_used, recipe.schedule.block_size(recipe.schedule.total_steps)
     targets = torch.ones(batch, copies, length, dtype=torch.bool) if targets is None else targets
     zeros = torch.zeros(batch, length, dtype=torch.long)
     layout = Layout.build(zeros, targets.long(), zeros, size, recipe.label_shift, recipe.causal_context, recipe.pipeline, stream=recipe.tail_slack > 0)
@@ -210,6 +215,9 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
             forward = sum(watch.flops.values())
             with watch.during("backward workspace"):
                 loss.backward()
+            del loss
+            with watch.during("optimiser workspace"):
+                torch.empty(max(_unpacking(p, recipe.optimizer, device) for p in learning), dtype=torch.uint8)
         gradients = {watch.note(p.grad) for p in learning if p.grad is not None}
         parts = watch.highest(gradients)
         return Step(parts, forward, sum(watch.flops.values()), sum(map(len, state)) if "paged" in recipe.optimizer else 0, sum(p.numel() for p in learning))

@@ -37,7 +37,8 @@ def saved(folder):
 
 
 def curves(folder):
-    return pd.read_csv(folder / "log.csv").drop(columns=["clean_tokens_per_s", "peak_memory_gb", "grad_norm"])
+    found = pd.read_csv(folder / "log.csv").drop(columns=["clean_tokens_per_s", "peak_memory_gb"])
+    return found[sorted(found)]
 
 
 @pytest.fixture(scope="module")
