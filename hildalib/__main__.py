@@ -40,6 +40,12 @@ PLAN_EXAMPLES = """examples:
 Nothing is loaded: the step is run on tensors without content, and every allocation counted. Memory is that of the step with the most
 positions that can have a loss; time is operations over the matmul rate of this machine (or --gflops), a lower bound.
 """
+TOKENISE_EXAMPLE = """example:
+  hilda tokenise dolma:/data/dolma --model smollm2-135m --out /data/shards --jobs 16
+
+Memory does not grow with the corpus; the bytes written do not depend on --jobs; the same command after a kill goes on at the last whole
+shard. At the end: documents, tokens and bytes by source, and the throughput. In Python: packing.Packed(packing.open_shards(FOLDER), length).
+"""
 EXAMPLES = """examples:
   hilda smoke-test                          is the installation sound? (seconds, no download)
   hilda doctor                              what this machine supports, and which settings follow
@@ -122,6 +128,14 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", metavar="SIZE", help="of the card, e.g. 8GB: does it fit, and if not, what would make it")
     plan.add_argument("--gflops", type=float, metavar="RATE", help="matmul rate of the machine to plan for, in GFLOP/s (default: measured here)")
 
+    tokenise = command("tokenise", _tokenise, "write a corpus to token shards: in parallel, with bounded memory, continued after a kill",
+                       epilog=TOKENISE_EXAMPLE)
+    tokenise.add_argument("source", metavar="SOURCE", help="name of a corpus, or dolma:FOLDER for documents {\"text\", \"id\", \"source\"} in .jsonl, .gz or .zst")
+    tokenise.add_argument("--model", required=True, help="backbone whose tokenizer is used: name, folder or hub id")
+    tokenise.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
+    tokenise.add_argument("--split", default="train", help="(default: train)")
+    tokenise.add_argument("--jobs", type=_at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+
     status = command("status", _status, "list notebooks with their state: up to date, stale, missing, failed, running, invalid")
     status.add_argument("--profile", help="only this one")
 
@@ -158,6 +172,12 @@ def _plan(options) -> int:
     from hildalib import planner
 
     return planner.run(options.notebook, options.profile, dict(options.overrides), options.arm, options.memory, options.gflops)
+
+
+def _tokenise(options) -> int:
+    from hildalib import tokenisation
+
+    return tokenisation.run(options.source, options.model, options.out, split=options.split, jobs=options.jobs)
 
 
 def _status(options) -> int:

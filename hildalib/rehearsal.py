@@ -123,7 +123,7 @@ PLAIN = Recipe(BlockSchedule(stable=(32, 10)), batch_size=1, lr=1e-4, edit_rate=
 CONFIGURATIONS = [  # shape, length, changes of the recipe, stored how
     ("tiny", 256, {}, {}), ("tiny", 256, {"batch_size": 4, "copies": 2, "keep_weight": 0.1}, {}), ("tiny", 512, {"gradient_checkpointing": True}, {}),
     ("wide head", 256, {}, {}), ("wide head", 256, {"head_rows": 64}, {}), ("wide head", 256, {"head_rows": 64, "optimizer": "adamw_8bit"}, {}),
-    ("deep", 512, {}, {}), ("deep", 512, {"gradient_checkpointing": True}, {}), ("deep", 512, {"gradient_checkpointing": True, "precision": "bfloat16"}, {}),
+    ("deep", 512, {}, {}), ("deep", 512, {"gradient_checkpointing": True}, {}), ("tiny", 256, {"gradient_checkpointing": True, "precision": "bfloat16"}, {}),
     ("deep", 512, {"gradient_checkpointing": True, "head_rows": 128, "optimizer": "adamw_8bit"}, {"weights": "bfloat16"}),
     ("deep", 512, {}, {"lora_rank": 16}), ("deep", 512, {"gradient_checkpointing": True, "head_rows": 128}, {"lora_rank": 16, "quantize": "nf4"}),
     ("deep", 512, {"adapter_rank": 16, "adapter_lr": 1e-3, "context_weight": 0.0, "gradient_checkpointing": True}, {}),
@@ -137,20 +137,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="shapes to rehearse (default: all): " + ", ".join(SHAPES), nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=Path("planned.csv"), help="file of the table; what it holds of other shapes is kept (default: %(default)s)")
     given = parser.parse_args(arguments)
-    rows = []
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     for shape, length, changes, stored in CONFIGURATIONS:
         if shape in given.only:
             said = {key: "full length" if key == "schedule" else value for key, value in (changes | stored).items()}
             row = {"shape": shape, "length": length, "configuration": ", ".join(f"{key}={value}" for key, value in said.items()) or "float32, all weights"}
-            rows.append(row | rehearse(qwen3(*SHAPES[shape]), replace(PLAIN, **changes), length, **stored))
+            row |= rehearse(qwen3(*SHAPES[shape]), replace(PLAIN, **changes), length, **stored)
             print("{shape:11} L {length:4}  {configuration:80}  measured {measured:13,}  predicted {predicted:13,}  {error:+.1%}  "
-                  "{cpu_seconds:7.2f} s at {matmul_share:.0%} of the matmul rate".format(**rows[-1]), flush=True)
-    table = pd.DataFrame(rows)
-    if given.out.exists():
-        before = pd.read_csv(given.out)
-        table = pd.concat([before[~before["shape"].isin(given.only)], table], ignore_index=True)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(given.out, index=False, float_format="%.4g")
+                  "{cpu_seconds:7.2f} CPU-s at {matmul_share:.0%} of the matmul rate".format(**row), flush=True)
+            table = [pd.read_csv(given.out)] if given.out.exists() else []
+            table = pd.concat([*(old[(old["shape"] != shape) | (old.length != length) | (old.configuration != row["configuration"])] for old in table),
+                               pd.DataFrame([row])], ignore_index=True)  # a row at a time: what an interrupted run measured is kept
+            table.to_csv(given.out, index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
