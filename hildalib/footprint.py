@@ -179,10 +179,8 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
     rows = layout.rows(targets) if context is None else torch.cat([layout.rows(targets), layout.context_rows(context)])
     watch, dtype = _Watch(), getattr(torch, weights)
     cast = recipe.precision == "bfloat16" and weights == "float32"
-    # meta tensors are fast; only fake ones, which claim to be on a CPU, are cast by autocast
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if cast else contextlib.nullcontext()
-    move = (lambda tensor: fake.from_tensor(tensor)) if cast else (lambda tensor: tensor.to("meta"))
-    with fake, torch.device("cpu" if cast else "meta"), sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
+    # tensors that claim to be on a CPU: on the meta device attention would choose its scores whole, and autocast would do nothing
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device("cpu"), sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model.config.hilda = {"mask_token_id": config.vocab_size - 1}
         if quantize:
@@ -203,9 +201,9 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
         if recipe.kl_weight and len(learning) == len(list(model.parameters())):
             teacher = torch.empty(sum(p.numel() * p.element_size() for p in learning), dtype=torch.uint8)
             watch.note(teacher, "weights")
-        moved = [move(part) for part in (layout.ids, layout.mask, layout.positions, rows)]
-        tiles = layout.tiles and [(span, move(keys), move(part)) for span, keys, part in layout.tiles]
-        noisy, labels = move(layout.noisy), move(torch.zeros(len(rows), dtype=torch.long, device="cpu"))
+        moved = [fake.from_tensor(part) for part in (layout.ids, layout.mask, layout.positions, rows)]
+        tiles = layout.tiles and [(span, fake.from_tensor(keys), fake.from_tensor(part)) for span, keys, part in layout.tiles]
+        noisy, labels = fake.from_tensor(layout.noisy), torch.zeros(len(rows), dtype=torch.long)
         placed = _Placed(*moved, noisy, tiles)
 
         def score(logits, some):

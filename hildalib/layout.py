@@ -56,7 +56,7 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_of, score, chunk: int, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.call, ctx.weights = (logits_of, score, chunk), weights
-        kind = "cpu" if hidden.is_meta else hidden.device.type  # meta tensors know no autocast
+        kind = hidden.device.type
         ctx.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         ctx.save_for_backward(hidden)
         return torch.cat([score(logits_of(hidden[at:at + chunk]), slice(at, at + chunk)) for at in range(0, max(len(hidden), 1), chunk)])

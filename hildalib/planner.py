@@ -81,12 +81,12 @@ class Plan:
     def lines(self) -> list[str]:
         recipe, step = self.recipe, self.step
         rows = [f"{self.parameters:,} parameters, {step.trained:,} of them trained; a step: {recipe.accumulate} x {recipe.batch_size} rows of {self.length:,} tokens", ""]
-        rows += [f"  {name:20} {size / 1e9:7.3f} GB" for name, size in step.parts.items() if size]
+        rows += [f"  {name:20} {size / 1e9:7.3f} GB" for name, size in step.parts.items() if size > step.peak / 2000]
         rows += [f"  {'peak':20} {step.peak / 1e9:7.3f} GB" + (f", {step.pageable / 1e9:.3f} GB of it may leave the card" if step.pageable else "")]
         if self.memory is not None:
             rows += [f"  {'fits' if self.fits else 'does NOT fit'} in {self.memory / 1e9:.2f} GB, of which {RESERVE / 1e9:.1f} GB are left to driver and allocator"]
-        return [*rows, "", f"  at most {self.rate / self.flops_a_token:,.0f} tokens/s at {self.rate / 1e9:,.0f} GFLOP/s; {self.tokens:,} tokens take at least "
-                + duration(self.seconds)]
+        days = f"{self.seconds / 86400:,.1f} days" if self.seconds > 2 * 86400 else duration(self.seconds)
+        return [*rows, "", f"  at most {self.rate / self.flops_a_token:.3g} tokens/s at {self.rate / 1e9:.3g} GFLOP/s; {self.tokens:,} tokens take at least {days}"]
 
 
 def bytes_of(text: str) -> float:
