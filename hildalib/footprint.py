@@ -149,6 +149,37 @@ def _quantised(model, watch: _Watch) -> None:
                 setattr(module, name, _NF4(child, watch))
 
 
+def _built(config, recipe, dtype, lora_rank: int, quantised: _Watch | None):
+    """The model to train, without weights. quantised: what watches its 4-bit layers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model.config.hilda = {"mask_token_id": config.vocab_size - 1}
+        if quantised is not None:
+            _quantised(model, quantised)
+        if recipe.adapter_rank or lora_rank:
+            model = backbones.with_lora(model, recipe.adapter_rank or lora_rank)
+            model = gate(model) if recipe.adapter_rank else model
+    model.set_attn_implementation(TILED)
+    model.train()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(checkpointing(model))
+    return model
+
+
+def _claim(model) -> None:
+    """Every tensor of a model on the meta device anew, in the mode and on the device that are on now; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is not None:
+                    fresh = made.get(id(old))
+                    if fresh is None:
+                        fresh = torch.empty(old.shape, dtype=old.dtype)
+                        fresh = torch.nn.Parameter(fresh, old.requires_grad) if isinstance(old, torch.nn.Parameter) else fresh
+                    store[name] = made[id(old)] = fresh
+
+
 def _states(parameter, optimizer: str) -> int:
     """Bytes of the AdamW state of one parameter."""
     count = parameter.numel()
@@ -168,7 +199,8 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
     """The step of `recipe` (one micro-batch, forward, backward, optimiser) on a model of `config`, in its working block size.
 
     weights, quantize, lora_rank: as in notebook 02. math: attention that makes its scores whole (cards before Volta). targets (B, C, L), context
-    (B, L): positions with a loss; None: all, which is the most that a step can have. A parent that teaches is counted as weights.
+    (B, L): positions with a loss; None: all, which is the most that a step can have. A parent that teaches is counted as weights. Adapters on noisy
+    rows without checkpoints read the clean half apart and without a gradient (`gated.read_clean`); here it is run with one, so theirs is a bound.
     """
     batch, copies, size = recipe.batch_size, recipe.copies_used, recipe.schedule.block_size(recipe.schedule.total_steps)
     targets = torch.ones(batch, copies, length, dtype=torch.bool) if targets is None else targets
@@ -179,19 +211,10 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
     rows = layout.rows(targets) if context is None else torch.cat([layout.rows(targets), layout.context_rows(context)])
     watch, dtype = _Watch(), getattr(torch, weights)
     cast = recipe.precision == "bfloat16" and weights == "float32"
+    model = _built(config, recipe, dtype, lora_rank, watch if quantize else None)
     # tensors that claim to be on a CPU: on the meta device attention would choose its scores whole, and autocast would do nothing
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device("cpu"), sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        model.config.hilda = {"mask_token_id": config.vocab_size - 1}
-        if quantize:
-            _quantised(model, watch)
-        if recipe.adapter_rank or lora_rank:
-            model = backbones.with_lora(model, recipe.adapter_rank or lora_rank)
-            model = gate(model) if recipe.adapter_rank else model
-        model.set_attn_implementation(TILED)
-        model.train()
-        if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable(checkpointing(model))
+        _claim(model)
         for tensor in (*model.parameters(), *model.buffers()):
             watch.note(tensor, "weights")
         learning = [p for p in model.parameters() if p.requires_grad]

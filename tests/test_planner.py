@@ -11,7 +11,7 @@ from hildalib.rehearsal import PLAIN, qwen3, rehearse
 from hildalib.wsd import BlockSchedule
 
 SMALL = qwen3(64, 3, 4, 2, 160, 3_000, 16)
-GATED = {"adapter_rank": 4, "adapter_lr": 1e-3, "context_weight": 0.0}
+GATED = {"adapter_rank": 4, "adapter_lr": 1e-3, "context_weight": 0.0, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("length, changes, stored", [
