@@ -116,8 +116,10 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train the arms of a notebook, in as many processes as a launcher starts", epilog=TRAIN_EXAMPLES)
     train.add_argument("notebook", metavar="NOTEBOOK", help="02_wsd or 03_sft")
     train.add_argument("--profile", default="nano", help="parameter set (default: nano)")
-    train.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="change a parameter (repeatable)")
-    train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME", help="only this arm (repeatable; default: all of the profile)")
+    train.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                       help="change a parameter (repeatable)")
+    train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME",
+                       help="only this arm (repeatable; default: all of the profile)")
 
     plan = command("plan", _plan, "predict memory and time of a training stage from its parameters alone", epilog=PLAN_EXAMPLES)
     plan.add_argument("notebook", nargs="?", default="02_wsd", metavar="NOTEBOOK", help="02_wsd (default) or 03_sft")
@@ -130,7 +132,8 @@ def parser() -> argparse.ArgumentParser:
 
     tokenise = command("tokenise", _tokenise, "write a corpus to token shards: in parallel, with bounded memory, continued after a kill",
                        epilog=TOKENISE_EXAMPLE)
-    tokenise.add_argument("source", metavar="SOURCE", help="name of a corpus, or dolma:FOLDER for documents {\"text\", \"id\", \"source\"} in .jsonl, .gz or .zst")
+    tokenise.add_argument("source", metavar="SOURCE",
+                          help="name of a corpus, or dolma:FOLDER for documents {\"text\", \"id\", \"source\"} in .jsonl, .gz or .zst")
     tokenise.add_argument("--model", required=True, help="backbone whose tokenizer is used: name, folder or hub id")
     tokenise.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
     tokenise.add_argument("--split", default="train", help="(default: train)")

@@ -22,7 +22,8 @@ from hildalib.attention import TILED
 from hildalib.gated import checkpointing, gate
 from hildalib.layout import Layout, target_scores
 
-PARTS = ("weights", "gradients", "optimiser state", "activations", "logits and loss", "dequantised weights", "backward workspace", "optimiser workspace")
+PARTS = ("weights", "gradients", "optimiser state", "activations", "logits and loss", "dequantised weights", "backward workspace",
+         "optimiser workspace")
 GROUP, ABSMAX_GROUP = 64, 256  # weights that share a scale in NF4; scales that share one of their own (double quantisation)
 BLOCK, SMALL = 256, 4096  # bitsandbytes: values that share a scale in an 8-bit state; smaller tensors keep 32-bit states
 
@@ -244,7 +245,8 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
                 torch.empty(max(_unpacking(p, recipe.optimizer, device) for p in learning), dtype=torch.uint8)
         gradients = {watch.note(p.grad) for p in learning if p.grad is not None}
         parts = watch.highest(gradients)
-        return Step(parts, forward, sum(watch.flops.values()), sum(map(len, state)) if "paged" in recipe.optimizer else 0, sum(p.numel() for p in learning))
+        pageable = sum(map(len, state)) if "paged" in recipe.optimizer else 0
+        return Step(parts, forward, sum(watch.flops.values()), pageable, sum(p.numel() for p in learning))
 
 
 @dataclass

@@ -7,7 +7,7 @@ many processes as `accelerate launch` or `torchrun` starts, and leaves them wher
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def conversion(values: Mapping) -> Stage:
         parent, tokenizer = nano.nano(values["hidden"], values["layers"], seed=seed)
     else:
         parent, tokenizer = backbones.load(values["model"], dtype=values["weights"], quantize=values["quantize"] or None)
-    vocabulary = parent.get_input_embeddings().num_embeddings
+    vocabulary = len(parent.get_input_embeddings().weight)
     rows = {split: artefacts.load_rows(profile, "01_data", split, seed, vocab_size=vocabulary) for split in ("train", "validation")}
     if values["model"] == "nano":
         steps = values["parent_steps"]
@@ -110,7 +110,7 @@ def tuning(values: Mapping) -> Stage:
 
     first, tokenizer = load(folders[values["arms"][0]])
     record, rank = first.config.hilda, gated.rank(first)
-    rows = {"train": artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=first.get_input_embeddings().num_embeddings)}
+    rows = {"train": artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=len(first.get_input_embeddings().weight))}
     recipe = recipe_of(values, BlockSchedule(stable=(values["block_size"], values["steps"])), "sft", adapter_rank=rank,
                        **{key: record[key] for key in ("label_shift", "causal_context")})
     teacher = load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed))[0] if recipe.kl_weight else None
