@@ -21,11 +21,38 @@ RUN_EXAMPLES = """examples:
 Parameters live in params/<profile>/<notebook>.yaml; the profile smoke is the notebooks' own defaults (seconds).
 An interrupted run continues when the same command is given again.
 """
+TRAIN_EXAMPLES = """examples:
+  accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
+  accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
+  accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+      -m hildalib train 02_wsd --profile qwen3-0.6b                                    four GPUs, weights sharded over them
+  hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
+  hilda run 02_wsd --profile smol                                                      then: what the trained arms can do
+
+The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
+losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
+"""
+PLAN_EXAMPLES = """examples:
+  hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB
+  hilda plan 02_wsd --profile qwen3-0.6b+pascal --memory 8GB --gflops 8000     for a card that is not here: its float32 rate
+  hilda plan 03_sft --profile smol --set batch_size=16 --memory 4GiB           where it does not fit, what would make it fit
+
+Nothing is loaded: the step is run on tensors without content, and every allocation counted. Memory is that of the step with the most
+positions that can have a loss; time is operations over the matmul rate of this machine (or --gflops), a lower bound.
+"""
+TOKENISE_EXAMPLE = """example:
+  hilda tokenise dolma:/data/dolma --model smollm2-135m --out /data/shards --jobs 16
+
+Memory does not grow with the corpus; the bytes written do not depend on --jobs; the same command after a kill goes on at the last whole
+shard. At the end: documents, tokens and bytes by source, and the throughput. In Python: packing.Packed(packing.open_shards(FOLDER), length).
+"""
 EXAMPLES = """examples:
   hilda smoke-test                          is the installation sound? (seconds, no download)
   hilda doctor                              what this machine supports, and which settings follow
   hilda run                                 execute the book (minutes on a laptop CPU)
   hilda status                              what is up to date, what is stale and why
+  hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB     what a training step needs, before it is started
+  hilda tokenise dolma:FOLDER --model smollm2-135m --out FOLDER --jobs 8    a large corpus, once
   hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode Q
   hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
   hilda export outputs/nano/03_sft/checkpoints/dLLM/model --to gguf
@@ -110,6 +137,32 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=_at_least(1), default=1, metavar="N", help="notebooks at a time (default: 1)")
     run.add_argument("--force", action="store_true", help="run from scratch even what is up to date")
 
+    train = command("train", _train, "train the arms of a notebook, in as many processes as a launcher starts", epilog=TRAIN_EXAMPLES)
+    train.add_argument("notebook", metavar="NOTEBOOK", help="02_wsd or 03_sft")
+    train.add_argument("--profile", default="nano", help="parameter set (default: nano)")
+    train.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                       help="change a parameter (repeatable)")
+    train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME",
+                       help="only this arm (repeatable; default: all of the profile)")
+
+    plan = command("plan", _plan, "predict memory and time of a training stage from its parameters alone", epilog=PLAN_EXAMPLES)
+    plan.add_argument("notebook", nargs="?", default="02_wsd", metavar="NOTEBOOK", help="02_wsd (default) or 03_sft")
+    plan.add_argument("--profile", default="nano", help="parameter set, with overlays: profile+overlay (default: nano)")
+    plan.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                      help="change a parameter of this notebook, of 02_wsd or of 01_data (repeatable)")
+    plan.add_argument("--arm", default="dLLM", metavar="NAME", help="arm to plan for (default: dLLM)")
+    plan.add_argument("--memory", metavar="SIZE", help="of the card, e.g. 8GB: does it fit, and if not, what would make it")
+    plan.add_argument("--gflops", type=float, metavar="RATE", help="matmul rate of the machine to plan for, in GFLOP/s (default: measured here)")
+
+    tokenise = command("tokenise", _tokenise, "write a corpus to token shards: in parallel, with bounded memory, continued after a kill",
+                       epilog=TOKENISE_EXAMPLE)
+    tokenise.add_argument("source", metavar="SOURCE",
+                          help="name of a corpus, or dolma:FOLDER for documents {\"text\", \"id\", \"source\"} in .jsonl, .gz or .zst")
+    tokenise.add_argument("--model", required=True, help="backbone whose tokenizer is used: name, folder or hub id")
+    tokenise.add_argument("--out", required=True, metavar="FOLDER", help="folder of the shards")
+    tokenise.add_argument("--split", default="train", help="(default: train)")
+    tokenise.add_argument("--jobs", type=_at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
+
     status = command("status", _status, "list notebooks with their state: up to date, stale, missing, failed, running, invalid")
     status.add_argument("--profile", help="only this one")
 
@@ -154,6 +207,24 @@ def _run(options) -> int:
     from hildalib import book
 
     return book.run(options.notebooks, options.profile, dict(options.overrides), force=options.force, jobs=options.jobs, seeds=options.seeds)
+
+
+def _train(options) -> int:
+    from hildalib import stages
+
+    return stages.run(options.notebook, options.profile, dict(options.overrides), options.arms)
+
+
+def _plan(options) -> int:
+    from hildalib import planner
+
+    return planner.run(options.notebook, options.profile, dict(options.overrides), options.arm, options.memory, options.gflops)
+
+
+def _tokenise(options) -> int:
+    from hildalib import tokenisation
+
+    return tokenisation.run(options.source, options.model, options.out, split=options.split, jobs=options.jobs)
 
 
 def _status(options) -> int:

@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,10 +93,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, quantiz
     with _explained(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder)
     _check_family(config, folder / "config.json")
-    with _explained(folder / "tokenizer.json"):
-        # Auto would rebuild the pipeline from the family (a Qwen model gets Qwen's pre-tokenizer, whatever its tokenizer.json says).
-        exact = (folder / "tokenizer.json").is_file()
-        tokenizer = (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder)
+    tokenizer = _read_tokenizer(folder)
     options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
     if quantize:
         from transformers import BitsAndBytesConfig
@@ -109,6 +107,30 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, quantiz
         raise HildaError(f"the weights in {folder} lack {len(absent)} tensors that its config.json calls for (first: {absent[0]}); take "
                          "config.json and *.safetensors from the same checkpoint")
     return model if quantize or getattr(model, "is_quantized", False) else model.to(device), tokenizer
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` gives beside the model, without loading its weights."""
+    if name == "nano" or name.endswith(".gguf"):
+        return load(name)[1]
+    folder = fetch(name)
+    tokenizer = _read_tokenizer(folder)
+    with _explained(folder / "config.json"):
+        _ensure_eos(SimpleNamespace(config=AutoConfig.from_pretrained(folder)), tokenizer, name)
+    _ensure_mask(tokenizer)
+    return tokenizer
+
+
+def _ensure_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True, normalized=False)})
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    with _explained(folder / "tokenizer.json"):
+        # Auto would rebuild the pipeline from the family (a Qwen model gets Qwen's pre-tokenizer, whatever its tokenizer.json says).
+        exact = (folder / "tokenizer.json").is_file()
+        return (PreTrainedTokenizerFast if exact else AutoTokenizer).from_pretrained(folder)
 
 
 def _check_family(config, file: Path) -> None:
@@ -160,8 +182,7 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
                          "rows; take tokenizer.json and *.safetensors from the same checkpoint")
     _ensure_eos(model, tokenizer, name)
     before = set(tokenizer.get_vocab().values())
-    if tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True, normalized=False)})
+    _ensure_mask(tokenizer)
     mask = tokenizer.mask_token_id
     if known.get("mask_token_id", mask) != mask:
         raise HildaError(f"{name}: config.json records mask id {known['mask_token_id']}, the tokenizer has {mask}; take both from the same folder")

@@ -138,6 +138,12 @@ def _check_upstream(jobs: list[Job]) -> None:
             raise HildaError(f"{job.name} needs the results of {', '.join(gone)}, which are not in {job.folder.parent}; first: {command}")
 
 
+def ready(jobs: list[Job]) -> None:
+    """HildaError unless the notebooks of `jobs` are there, with parameters cells like their records, and all results that they need."""
+    _check_sources(jobs[0].book, jobs)
+    _check_upstream(jobs)
+
+
 @contextlib.contextmanager
 def lock(profile: str) -> Iterator[None]:
     """One run at a time in outputs/<profile>. The system frees the lock when its holder ends, however it ends."""
@@ -164,7 +170,7 @@ def _busy(profile: str) -> bool:
         return True
 
 
-def _begin(job: Job, inputs: dict, force: bool) -> None:
+def begin(job: Job, inputs: dict, force: bool) -> None:
     """Clears what could be mistaken for the result of this run.
 
     Checkpoints survive only where the last run of the same cells, parameters and upstream did not finish: then it is continued.
@@ -193,7 +199,7 @@ def run_one(job: Job, kernel, *, output=None, threads: int | None = None, force:
     from hildalib.execution import RunFailed, execute
 
     inputs, begun = job.inputs(), datetime.datetime.now(datetime.timezone.utc)
-    _begin(job, inputs, force)
+    begin(job, inputs, force)
     partial = job.folder / f"{job.notebook}.partial.ipynb"
     try:
         measured = execute(job.book.source(job.notebook), partial, job.parameters, kernel, output=output, threads=threads)
@@ -224,8 +230,7 @@ def run(notebooks: Sequence[str] = (), profile: str = "nano", overrides: Mapping
     if jobs < 1:
         raise HildaError(f"--jobs {jobs}: must be at least 1")
     todo = plan(book or Book(), notebooks, profile, overrides, seeds)
-    _check_sources(todo[0].book, todo)
-    _check_upstream(todo)
+    ready(todo)
     with lock(profile):
         return _schedule(todo, jobs, force)
 

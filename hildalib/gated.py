@@ -60,6 +60,14 @@ def noisy_rows(model, rows: Tensor | bool | None):
         plain.row_gate["rows"] = before
 
 
+def checkpointing(model) -> dict:
+    """Arguments of `gradient_checkpointing_enable` under which a layer that is run again in the backward acts on the rows it acted on before."""
+    def contexts():
+        return contextlib.nullcontext(), noisy_rows(model, model.row_gate["rows"] if is_gated(model) else None)
+
+    return {"use_reentrant": False, "context_fn": contexts}
+
+
 class CleanReading:
     """What the frozen parent of a gated model makes of the clean half of a layout: keys, values, and hidden (B, L, D).
 

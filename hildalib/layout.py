@@ -1,9 +1,11 @@
 """One forward of block diffusion: the layout [noisy copies | clean], its mask, and the rows that predict each token.
 
-Entry points: `Layout.build`, `target_logits` (LM head only where a loss or a draft needs it), `clean_logits`, `validate`.
+Entry points: `Layout.build`, `target_logits` (LM head only where a loss or a draft needs it), `target_scores` (and never more than a few rows of
+it at once), `clean_logits`, `validate`.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,18 +22,68 @@ CHECK_RATES = (0.15, 0.5, 1.0)  # validation mask rates: near the end, in the mi
 
 
 @contextlib.contextmanager
-def selected_rows(model, index: Tensor):
+def selected_rows(model, index: Tensor, score: Callable | None = None, chunk: int = 0):
     """Within, the LM head sees only the rows `index` (n,) of the flattened (B * Q) hidden states: logits are (1, n, V).
 
     The head and its softmax are a third of the cost at 49k tokens of vocabulary; rows without loss need neither. A hook,
-    because DDP and PEFT only work when the whole model's forward is called.
+    because DDP, FSDP and PEFT only work when the whole model's forward is called. chunk > 0: the model gives score(logits) of its rows
+    instead, (1, n, ...) of `in_chunks`.
     """
-    head = model.get_output_embeddings() if not hasattr(model, "module") else model.module.get_output_embeddings()
+    plain = getattr(model, "module", model)
+    head = plain.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[index][None],))
+    if chunk:
+        whole, mask_id = head.forward, plain.config.hilda["mask_token_id"]
+        head.forward = lambda hidden: in_chunks(head, lambda rows: _barred(whole(rows), mask_id), score, chunk, hidden[0])[None]
     try:
         yield
     finally:
         handle.remove()
+        if chunk:
+            del head.forward
+
+
+def _barred(logits: Tensor, mask_id: int) -> Tensor:
+    """float logits (n, V) without the possibility of [MASK]."""
+    logits = logits.float()
+    logits[:, mask_id] = -torch.inf
+    return logits
+
+
+class _InChunks(torch.autograd.Function):
+    """The forward keeps the scores alone; the backward makes the logits of each chunk again."""
+
+    @staticmethod
+    def forward(ctx, logits_of, score, chunk: int, hidden: Tensor, *weights: Tensor) -> Tensor:
+        ctx.call, ctx.weights = (logits_of, score, chunk), weights
+        kind = hidden.device.type
+        ctx.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        ctx.save_for_backward(hidden)
+        return torch.cat([score(logits_of(hidden[at:at + chunk]), slice(at, at + chunk)) for at in range(0, max(len(hidden), 1), chunk)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (hidden,), (logits_of, score, chunk) = ctx.saved_tensors, ctx.call
+        wanted = [weight for weight in ctx.weights if weight.requires_grad]
+        into_hidden, into = torch.empty_like(hidden), [None] * len(wanted)
+        for at in range(0, max(len(hidden), 1), chunk):
+            rows = slice(at, at + chunk)
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                part = hidden[rows].detach().requires_grad_()
+                out = score(logits_of(part), rows)
+            into_hidden[rows], *fresh = torch.autograd.grad(out, (part, *wanted), grad[rows])
+            into = [new if old is None else old.add_(new) for old, new in zip(into, fresh)]
+        found = iter(into)
+        return None, None, None, into_hidden, *(next(found) if weight.requires_grad else None for weight in ctx.weights)
+
+
+def in_chunks(head, logits_of: Callable, score: Callable, chunk: int, hidden: Tensor) -> Tensor:
+    """score(logits_of(hidden (n, D)) (n, V), rows) -> (n, ...), `chunk` rows at a time in the forward and again in the backward.
+
+    At a vocabulary of 151,936 the logits of 1,024 rows and their gradient are 1.2 GB, those of 128 rows 160 MB; the price is that the head's
+    product is made twice. `head` owns the weights that logits_of uses.
+    """
+    return _InChunks.apply(logits_of, score, chunk, hidden, *head.parameters())
 
 
 @dataclass
@@ -128,6 +180,19 @@ def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor 
     return logits
 
 
+def target_scores(model, layout: Layout, targets: Tensor, score: Callable, chunk: int = 0, inputs_embeds: Tensor | None = None,
+                  context: Tensor | None = None, reading: CleanReading | None = None) -> Tensor:
+    """score(`target_logits`, all rows) -> (n or n + m, ...); with chunk > 0 of so many rows at a time, and without a gradient to anything else
+    that `score` uses. score: (logits (r, V), slice of these rows among all) -> (r, ...), each row for itself."""
+    if not chunk:
+        return score(target_logits(model, layout, targets, inputs_embeds, context, reading), slice(None))
+    rows = layout.rows(targets)
+    rows = rows if context is None else torch.cat([rows, layout.context_rows(context)])
+    source = {"input_ids": layout.ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+    with selected_rows(model, rows, score, chunk), noisy_rows(model, layout.noisy):
+        return model(**source, attention_mask=layout.mask, position_ids=layout.positions, use_cache=False, tiles=layout.tiles).logits[0]
+
+
 @torch.no_grad()
 def clean_logits(model, reading: CleanReading, row: Tensor, position: Tensor) -> Tensor:
     """(n, V) float: what the parent expects after `position` (n,) of clean rows `row` (n,), [MASK] barred."""
@@ -139,11 +204,11 @@ def clean_logits(model, reading: CleanReading, row: Tensor, position: Tensor) ->
 
 @torch.no_grad()
 def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bool | None = None, causal_context: bool | None = None,
-             rates=CHECK_RATES, batch_size: int = 32, seed: int = 0, residual: bool = False) -> dict[float, float]:
+             rates=CHECK_RATES, batch_size: int = 32, seed: int = 0, residual: bool = False, head_rows: int = 0) -> dict[float, float]:
     """{t: nats per masked token} on held-out rows, the same masks for every model of a vocabulary (seeded).
 
     label_shift, causal_context: None takes what the model's `hilda` record says. residual: the loss of a second forward, whose masks
-    carry what the first expected there.
+    carry what the first expected there. head_rows: rows of the head at a time, where the vocabulary is large; 0: all.
     """
     model.eval()
     record = model.config.hilda
@@ -160,11 +225,13 @@ def validate(model, rows: dict[str, Tensor], *, block_size: int, label_shift: bo
             canvas = (value.to(model.device) for value in (x0, noised.noisy_ids[:, None], docs))
             targets = noised.mask_targets.to(model.device)
             layout = Layout.build(*canvas, block_size, label_shift, causal_context, causal_blocks=record.get("causal_blocks", False))
-            reading = read_clean(model, layout)
-            logits = target_logits(model, layout, targets[:, None], reading=reading)
+            reading = None if head_rows else read_clean(model, layout)
+            labels, carried = x0.to(model.device)[targets], None
             if residual:
-                logits = target_logits(model, layout, targets[:, None], layout.carry(model, logits), reading=reading)
-            total += F.cross_entropy(logits, x0.to(model.device)[targets], reduction="sum").item()
+                carried = layout.carry(model, target_logits(model, layout, targets[:, None], reading=reading))
+            nll = target_scores(model, layout, targets[:, None], lambda logits, rows: F.cross_entropy(logits, labels[rows], reduction="none"),  # noqa: B023
+                                head_rows, carried, reading=reading)
+            total += nll.sum().item()
             count += noised.mask_targets.sum().item()
         out[t] = total / max(count, 1)
     return out

@@ -122,14 +122,14 @@ def parent_kl(logits: Tensor, teacher_logp: Tensor, teacher_ids: Tensor) -> Tens
 
 
 def correct_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """CAP (LLaDA2.0 section 5.2; dParallel): (sum, count) of the entropies in nats of rows whose argmax is right.
+    """CAP (LLaDA2.0 section 5.2; dParallel): (entropy in nats where the argmax is right, else 0; whether it is right), each (N,).
 
-    logits (N, V), labels (N,). Minimising it makes right predictions sure, so that more of them pass tau_mask.
+    logits (N, V), labels (N,). Minimising its mean over right rows makes right predictions sure, so that more of them pass tau_mask.
     """
     logp = logits.float().log_softmax(-1)
     right = logp.argmax(-1) == labels
     lowest = torch.finfo(logp.dtype).min  # the barred [MASK] has -inf, and 0 * -inf would be nan
-    return (-(logp.exp() * logp.clamp(min=lowest)).sum(-1) * right).sum(), right.sum()
+    return -(logp.exp() * logp.clamp(min=lowest)).sum(-1) * right, right
 
 
 @torch.no_grad()

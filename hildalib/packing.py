@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from hildalib import HildaError
 from hildalib.textfiles import sha256_of
+from hildalib.tokenisation import BATCH_DOCUMENTS, encoded
 
 PADDING = -1  # doc_id of a padded position
 BUFFER = 1024  # documents sorted together by `pack_whole`: best fit gains little beyond, and memory stays bounded
-BATCH = 256  # texts a tokenizer call: enough to keep its threads busy
 SHARD_TOKENS = 1 << 24  # 32 MB a shard of uint16: a kill loses seconds of work, a large corpus has hundreds of files
 INDEX = "index.json"
 
@@ -144,14 +144,6 @@ def _read_record(path: Path) -> dict:
         raise HildaError(f"{path} cannot be read ({error}); write the shards again with resume=False") from error
 
 
-def _tokenise(texts: Iterable[str], tokenizer, batch: int) -> Iterator[tuple[str, list[int]]]:
-    """Each text with its ids and EOS. Special tokens spelled out in a text stay ordinary characters: data cannot write [MASK]."""
-    texts = iter(texts)
-    while chunk := list(itertools.islice(texts, batch)):
-        for text, ids in zip(chunk, tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"], strict=True):
-            yield text, [*ids, tokenizer.eos_token_id]
-
-
 class _Writer:
     """Collects documents and commits them shard by shard; `chain` is the running sha256 of all source texts so far."""
 
@@ -160,12 +152,13 @@ class _Writer:
         self.dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
         self.common = {"tokenizer": fingerprint(tokenizer), "dtype": self.dtype.str, "eos_token_id": tokenizer.eos_token_id,
                        "shard_tokens": shard_tokens}
+        self.eos = np.array([tokenizer.eos_token_id], dtype=self.dtype)
         self.records: list[dict] = []
         self.chain, self.rows = b"", 0
         self._clear()
 
     def _clear(self) -> None:
-        self.pieces, self.offsets = [], [0]
+        self.pieces, self.offsets, self.account = [], [0], {}
 
     def resume(self) -> None:
         """Take over the committed shards. HildaError if they are of another tokenizer or shard size, or damaged."""
@@ -180,12 +173,15 @@ class _Writer:
         if self.records:
             self.rows, self.chain = self.records[-1]["rows"], bytes.fromhex(self.records[-1]["source"])
 
-    def add(self, text: str, ids: list[int]) -> None:
-        if self.pieces and self.offsets[-1] + len(ids) > self.shard_tokens:
+    def add(self, document: dict, ids: np.ndarray) -> None:
+        """ids without EOS, which is added."""
+        count, text = len(ids) + 1, document["text"]
+        if self.pieces and self.offsets[-1] + count > self.shard_tokens:
             self.commit()
-        self.pieces.append(np.asarray(ids, dtype=self.dtype))
-        self.offsets.append(self.offsets[-1] + len(ids))
+        self.pieces += [ids.astype(self.dtype), self.eos]
+        self.offsets.append(self.offsets[-1] + count)
         self.rows, self.chain = self.rows + 1, _link(self.chain, text)
+        _add(self.account, document.get("source", ""), (1, count, len(text.encode("utf-8"))))
 
     def commit(self) -> None:
         if not self.pieces:
@@ -193,22 +189,35 @@ class _Writer:
         tokens, record_path = _names(self.folder, len(self.records))
         content = np.concatenate(self.pieces).tobytes()
         record = {**self.common, "file": tokens.name, "tokens": self.offsets[-1], "offsets": self.offsets, "rows": self.rows,
-                  "source": self.chain.hex(), "sha256": hashlib.sha256(content).hexdigest()}
+                  "source": self.chain.hex(), "account": self.account, "sha256": hashlib.sha256(content).hexdigest()}
         _replace(tokens, content)
         _replace(record_path, _json(record))  # last: it makes the shard count
         self.records.append(record)
         self._clear()
 
 
+def _add(account: dict[str, list[int]], source: str, counts: Iterable[int]) -> None:
+    account[source] = [old + new for old, new in zip(account.get(source, (0, 0, 0)), counts)]
+
+
+def accounted(folder: str | Path) -> dict[str, list[int]]:
+    """{source: [documents, tokens with EOS, bytes of UTF-8 text]} of the shards committed in `folder`, finished or not."""
+    account: dict[str, list[int]] = {}
+    for path in sorted(Path(folder).glob("shard-*.json")):
+        for source, counts in _read_record(path).get("account", {}).items():
+            _add(account, source, counts)
+    return account
+
+
 def _link(chain: bytes, text: str) -> bytes:
     return hashlib.sha256(chain + hashlib.sha256(text.encode("utf-8")).digest()).digest()
 
 
-def _skip(texts: Iterator[str], writer: _Writer) -> None:
+def _skip(documents: Iterator[dict], writer: _Writer) -> None:
     """Pass over the rows that are already in shards, making sure that they are the same rows."""
     chain, count = b"", 0
-    for text in itertools.islice(texts, writer.rows):
-        chain, count = _link(chain, text), count + 1
+    for document in itertools.islice(documents, writer.rows):
+        chain, count = _link(chain, document["text"]), count + 1
     if count < writer.rows or chain != writer.chain:
         raise HildaError(f"the texts are not those that the shards in {writer.folder} were begun with; "
                          "give the same source, or resume=False to replace the shards")
@@ -222,13 +231,14 @@ def _remove_shards(folder: Path) -> None:
             path.unlink()
 
 
-def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, *, shard_tokens: int = SHARD_TOKENS, resume: bool = True,
-                 batch: int = BATCH) -> Path:
-    """Tokenise `texts` and write them to `folder` as shards for `open_shards`; returns the folder.
+def write_shards(documents: Iterable[str | dict], tokenizer, folder: str | Path, *, shard_tokens: int = SHARD_TOKENS, resume: bool = True,
+                 jobs: int = 1, batch: int = BATCH_DOCUMENTS, spent: list[float] | None = None) -> Path:
+    """Tokenise `documents`, texts or rows {"text", "source"} of `corpora.rows`, and write them to `folder` as shards for `open_shards`; returns the
+    folder. The bytes do not depend on jobs, the number of processes, nor on batch (both, and spent, as in `tokenisation.encoded`).
 
-    Streams: holds one batch and one shard. shard-00000.bin: token ids, every document followed by EOS, uint16 or uint32, little
+    Streams: holds a few batches a process and one shard. shard-00000.bin: token ids, every document followed by EOS, uint16 or uint32, little
     endian; a document never straddles shards, so one that is longer than `shard_tokens` has a larger shard of its own.
-    shard-00000.json: sha256, document offsets, source rows used up to its end. index.json: written last, the shards are complete.
+    shard-00000.json: sha256, document offsets, source rows used up to its end, account by source (`accounted`). index.json: written last, the shards are complete.
     resume: go on after the last whole shard; the bytes are those of an uninterrupted run. Raises HildaError for a slow tokenizer,
     for shards of another tokenizer, shard size or source, and for a source without texts.
     """
@@ -236,13 +246,13 @@ def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, *, shard_t
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         _remove_shards(folder)
-    writer, texts = _Writer(folder, tokenizer, shard_tokens), iter(texts)
+    writer, rows = _Writer(folder, tokenizer, shard_tokens), ({"text": row} if isinstance(row, str) else row for row in documents)
     writer.resume()
     if (folder / INDEX).exists():
         return folder
-    _skip(texts, writer)
-    for text, ids in tqdm(_tokenise(texts, tokenizer, batch), desc="tokenise", unit="document", initial=writer.rows, disable=None):
-        writer.add(text, ids)
+    _skip(rows, writer)
+    for row, ids in tqdm(encoded(rows, tokenizer, jobs, batch, spent), desc="tokenise", unit="document", initial=writer.rows, disable=None):
+        writer.add(row, ids)
     writer.commit()
     if not writer.records:
         raise HildaError(f"there is no text to write to {folder}; check the source")

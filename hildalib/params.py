@@ -1,7 +1,7 @@
 """Typed parameter records of the notebooks, and the check that every value passes before a kernel starts.
 
 A record declares each parameter once: type, smoke default, help, bounds or choices. `load` merges the defaults with
-params/<profile>/<notebook>.yaml and `--set key=value`; `cell_mismatch` compares a record with the notebook's own parameters cell.
+params/<profile>/<notebook>.yaml, the overlays of "profile+overlay" and `--set key=value`; `cell_mismatch` compares a record with the notebook's own parameters cell.
 To add a parameter write one line in its record, e.g. `lr: float = field(1e-3, "peak learning rate", low=0)`, then the same
 name and default in the notebook's parameters cell and a value in each params/<profile>/<notebook>.yaml.
 """
@@ -17,6 +17,7 @@ from hildalib import HildaError, paths
 from hildalib.values import Pairs, as_yaml, checked, nearest, parse, plain, read_yaml, typed
 
 SMOKE = "smoke"  # the notebooks' own defaults; the one profile without a folder of YAML files
+OVERLAYS = "overlays"  # folder of the files <overlay>.yaml, beside those of the profiles
 RECORDS: dict[str, type] = {}
 
 
@@ -101,6 +102,10 @@ class Wsd(Training, Common):
     cap_weight: float = field(0.0, "weight of the confidence-aware loss (CAP)", low=0)
     adapter_rank: int = field(0, "rank of adapters on noisy rows over the frozen parent; 0 trains every weight", low=0)
     adapter_lr: float = field(0.0, "peak learning rate of adapters", low=0)
+    weights: str = field("float32", "how the weights are stored", choices=("float32", "bfloat16"))
+    quantize: str = field("", "nf4: 4-bit weights, which stay frozen; empty for none", choices=("", "nf4"))
+    lora_rank: int = field(0, "rank of adapters on every row, where the weights stay frozen; 0 trains every weight", low=0)
+    head_rows: int = field(0, "rows of the output head worked on at a time, for large vocabularies; 0: all", low=0)
     mask_noise: float = field(0.1, "std of the noise on [MASK] embeddings at the start", low=0)
     mask_noise_steps: int = field(5, "steps until that noise has faded", low=0)
     merge_top_k: int = field(0, "best checkpoints to average at the end; 0 keeps the last weights", low=0)
@@ -120,6 +125,8 @@ class Sft(Training, Common):
     ar_share: float = field(0.0, "share of steps at block size 1", low=0, high=1)
     context_weight: float = field(1.0, "weight of the next-token loss on a causal context", low=0)
     adapter_lr: float = field(0.0, "peak learning rate of adapters, where 02 made the dLLM of them", low=0)
+    weights: str = field("float32", "how the weights are stored", choices=("float32", "bfloat16"))
+    head_rows: int = field(0, "rows of the output head worked on at a time, for large vocabularies; 0: all", low=0)
     kl_weight: float = field(0.0, "share of the AR twin's distribution in the M2T label", low=0, high=1)
     sample_task: str = field("arithmetic", "task whose prompts are answered at the end")
     sample_items: int = field(3, "how many", low=1)
@@ -280,16 +287,22 @@ def defaults(notebook: str, record: type | None = None) -> dict:
     return plain(dataclasses.asdict((record or _record(notebook))()))
 
 
+def of(notebook: str, names: Mapping[str, object]) -> dict:
+    """The parameters of `notebook` among `names`, the variables of its kernel."""
+    return {name: names[name] for name in defaults(notebook)}
+
+
 def load(notebook: str, profile: str = SMOKE, overrides: Mapping[str, object] | None = None, *,
          record: type | None = None, folder: Path | None = None) -> dict:
-    """Checked parameters of a run: smoke defaults <- <folder>/<profile>/<notebook>.yaml <- overrides.
+    """Checked parameters of a run: smoke defaults <- <folder>/<profile>/<notebook>.yaml <- overlays <- overrides.
 
-    A profile's file must hold exactly the keys of the record, so that no value is taken in silence. Values in `overrides` that
-    are strings are read as YAML. folder: the folder of all profiles. Raises HildaError on an unknown notebook, profile or key, a
+    A profile's file must hold exactly the keys of the record, so that no value is taken in silence. profile "a+b": profile a under the overlay
+    <folder>/overlays/b.yaml, whose keys change what the notebook has of them; its results have a folder of their own. Values in `overrides` that
+    are strings are read as YAML. folder: the folder of all profiles. Raises HildaError on an unknown notebook, profile, overlay or key, a
     missing key, a wrong type, a value out of bounds or a broken file, and names the place and the remedy.
     """
     record, folder = record or _record(notebook), folder or paths.params()
-    values = defaults(notebook, record)
+    values, full, (profile, *overlays) = defaults(notebook, record), profile, profile.split("+")
     if profile != SMOKE:
         path = _profile_file(notebook, profile, folder)
         found = read_yaml(path)
@@ -301,9 +314,12 @@ def load(notebook: str, profile: str = SMOKE, overrides: Mapping[str, object] | 
         values = check(record, found, str(path))
         if values["profile"] != profile:
             raise HildaError(f"{path}: profile is {values['profile']!r} in the folder of {profile!r}; write `profile: {profile}`")
+    for name in overlays:
+        values |= _overlay(name, record, folder)
+    values["profile"] = full
     given = {key: parse(value) for key, value in (overrides or {}).items()}
     _check_keys(given, record, "--set")
-    if given.get("profile", profile) != profile:
+    if given.get("profile", full) != full:
         raise HildaError(f"--set: profile cannot be set; use --profile {given['profile']}")
     return values | check(record, given, "--set")
 
@@ -318,11 +334,29 @@ def check(record: type, values: Mapping[str, object], where: str) -> dict:
 def profiles(folder: Path | None = None) -> list[str]:
     """Every profile: smoke and each folder under params/."""
     folder = folder or paths.params()
-    return [SMOKE, *sorted(entry.name for entry in folder.iterdir() if entry.is_dir())] if folder.is_dir() else [SMOKE]
+    return [SMOKE, *_names(folder)] if folder.is_dir() else [SMOKE]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name != OVERLAYS)
+
+
+def _overlay(name: str, record: type, folder: Path) -> dict:
+    """What the overlay changes of a notebook's parameters, checked; each of its keys belongs to some notebook."""
+    path, known = folder / OVERLAYS / f"{name}.yaml", sorted(file.stem for file in (folder / OVERLAYS).glob("*.yaml"))
+    if name not in known:
+        raise HildaError(f"unknown overlay {name!r}; {nearest(name, known)}")
+    found, own = read_yaml(path), {field.name for field in dataclasses.fields(record)}
+    anywhere = own | {field.name for other in RECORDS.values() for field in dataclasses.fields(other)}
+    for key in found:
+        if key not in anywhere - {"profile"}:
+            raise HildaError(f"{path}: no notebook has a parameter {key!r}; {nearest(str(key), anywhere)}")
+    return check(record, {key: value for key, value in found.items() if key in own}, str(path))
 
 
 def covered(notebooks: Iterable[str], profile: str, folder: Path) -> list[str]:
     """Those of `notebooks` that the profile has a file for, in their order; all of them for smoke."""
+    profile = profile.split("+")[0]
     if profile == SMOKE or profile not in profiles(folder):
         return list(notebooks)  # an unknown profile is reported when its first file is read
     return [name for name in notebooks if (folder / profile / f"{name}.yaml").is_file()]

@@ -4,6 +4,7 @@ Everything random about row n of a run (its text, block size, noise, drafts) is 
 accumulated and multi-process runs see the same data. Entry points: `Recipe`, `arm` (one idea changed), `NoisedRows`, `collate`, `noised_of`.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +32,7 @@ class Recipe:
     pipeline: blocks of a group, of which noisy rows see the noisy ones before theirs, at mask rates that rise (D2F); 1: no groups.
     tail_slack: lambda of CARD's soft tail; noisy copies stand alone and are read causally. 0: not CARD.
     adapter_rank: of LoRA on noisy rows alone over the frozen parent (`gated`), trained at adapter_lr; 0 trains every weight at lr.
+    head_rows: rows of the output head that are worked on at a time, for large vocabularies; 0: all.
     mask_noise: std of the Gaussian noise on [MASK] embeddings, fading to 0 over mask_noise_steps.
     """
 
@@ -71,6 +73,7 @@ class Recipe:
     mask_noise_steps: int = 0
     precision: str = "float32"  # or "bfloat16": autocast over float32 weights
     gradient_checkpointing: bool = False
+    head_rows: int = 0
     seed: int = 0
     log_every: int = 10
     save_every: int = 0  # 0: only at the end
@@ -99,6 +102,18 @@ class Recipe:
     def global_batch(self) -> int:
         return self.batch_size * self.accumulate
 
+    def share(self, processes: int) -> tuple[int, int]:
+        """(batch_size, accumulate) of each of `processes`, which together take the same rows a step: micro-batches are divided first, then their rows.
+
+        Process p takes micro-batches p, p + processes, ...; nothing else of a run depends on how many there are. CAP's mean over right rows is
+        taken in each micro-batch, so it alone changes where those are divided. HildaError where the rows cannot be divided.
+        """
+        together = math.gcd(self.accumulate, processes)
+        if self.batch_size % (processes // together):
+            raise HildaError(f"{processes} processes cannot share a step of {self.accumulate} micro-batches of {self.batch_size} rows; start as many "
+                             "as divide accumulate, or accumulate x batch_size, or change these")
+        return self.batch_size // (processes // together), self.accumulate // together
+
     @property
     def copies_used(self) -> int:
         return 2 if self.complementary else self.copies
@@ -124,9 +139,9 @@ class NoisedRows(torch.utils.data.Dataset):
     carries: its masks carry a residual; unseen: the reference reads [MASK] there.
     """
 
-    def __init__(self, rows: dict[str, Tensor], recipe: Recipe, tokenizer_ids: dict, world_size: int = 1):
+    def __init__(self, rows: dict[str, Tensor], recipe: Recipe, tokenizer_ids: dict):
         self.rows, self.recipe, self.ids = rows, recipe, tokenizer_ids
-        self.batch = recipe.global_batch * world_size
+        self.batch = recipe.global_batch
         recipe.schedule.check(rows["input_ids"].shape[1], recipe.pipeline)
         count, wanted = len(rows["input_ids"]), len(self)
         rng = np.random.default_rng(recipe.seed)

@@ -4,29 +4,28 @@ Block size 1 with shifted labels is the AR objective: the parent and every twin 
 tokens and steps. Entry points: `train` (resumes, saves, returns the log), `DiffusionTrainer`.
 """
 
+import contextlib
 import math
-import time
+import os
 import warnings
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from hildalib import HildaError, backbones
 from hildalib.attention import TILED
-from hildalib.gated import CleanReading, is_gated, read_clean
-from hildalib.layout import Layout, clean_logits, target_logits, validate
+from hildalib.gated import CleanReading, checkpointing, is_gated, read_clean
+from hildalib.layout import Layout, clean_logits, target_logits, target_scores, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
 from hildalib.runs import claim, fingerprint, load_finished, publish, resumable
+from hildalib.trainlog import ProgressLines, Sums, peak_memory_gb  # noqa: F401  (peak memory is asked for here)
 from hildalib.wsd import merge_checkpoints
-
-BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)  # edges of the per-t loss curves
 
 
 class DiffusionTrainer(Trainer):
@@ -36,8 +35,7 @@ class DiffusionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.recipe, self.hilda, self.parent, self.reference = recipe, hilda, parent, reference
         self.loss_is_scaled_for_ga = True  # losses are divided by the target counts of the whole step
-        self._sums: dict[str, float] = defaultdict(float)
-        self._clock = time.perf_counter()
+        self._sums = Sums()
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # row n carries its own shuffle, block size and noise
@@ -45,6 +43,14 @@ class DiffusionTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result):
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()  # stored once, so not missing
         super()._issue_warnings_after_load(load_result._replace(missing_keys=[key for key in load_result.missing_keys if key not in tied]))
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if "8bit" in self.args.optim:  # the Trainer keeps embeddings in 32 bits, at V = 151,936 most of the state; block-wise 8 bits need no such care
+            from bitsandbytes.optim import GlobalOptimManager
+
+            GlobalOptimManager.get_instance().module_weight_config_triple.clear()
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, and the target counts of all of them over all processes."""
@@ -102,6 +108,8 @@ class DiffusionTrainer(Trainer):
         """Masks marked `fill` get the model's argmax (multi-turn forward); only rows with such masks are run."""
         batch_size, copies, length = batch["fill"].shape
         rows = batch["fill"].any(-1).any(-1)
+        if self.is_fsdp_enabled and self.accelerator.gather(rows.any()[None]).any():
+            rows = torch.ones_like(rows)  # a forward gathers the weights of all processes, so all of them run it or none
         if not rows.any():
             return noised
         fill = batch["fill"][rows]
@@ -110,7 +118,7 @@ class DiffusionTrainer(Trainer):
         def predict(noisy: Tensor) -> Tensor:
             canvas = noisy.view(batch_size, copies, length).clone()
             drafted = canvas[rows]
-            drafted[fill] = target_logits(model, self._layout(batch, noisy, rows), fill, reading=read).argmax(-1)
+            drafted[fill] = target_scores(model, self._layout(batch, noisy, rows), fill, lambda logits, _: logits.argmax(-1), self.recipe.head_rows, reading=read)
             canvas[rows] = drafted
             return canvas.flatten(0, 1)
 
@@ -119,13 +127,35 @@ class DiffusionTrainer(Trainer):
     @torch.no_grad()
     def _teacher(self, batch: dict, targets: Tensor, reading: CleanReading | None) -> tuple[Tensor, Tensor]:
         """The frozen parent's top-k next-token (log probabilities, ids), each (n, k), for targets (B, C, L); a gated model carries its own."""
+        def top(logits: Tensor, _=None) -> Tensor:
+            logp, ids = logits.log_softmax(-1).topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
+            return torch.cat([logp, ids.float()], -1)  # below 2^24 an id is exact in float32
+
         if reading is None:
             layout = Layout.build(batch["input_ids"], targets, batch["doc_ids"], 1, True)  # size 1, shifted: an AR forward
-            logits = target_logits(self.parent, layout, targets)
+            with contextlib.nullcontext() if self.parent else self.model.disable_adapter():  # an adapter's base is its parent
+                found = target_scores(self.parent or self.model, layout, targets, top, self.recipe.head_rows)
         else:
             row, _, position = targets.nonzero(as_tuple=True)
-            logits = clean_logits(self.model, reading, row, position - 1)
-        return logits.log_softmax(-1).topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
+            found = top(clean_logits(self.model, reading, row, position - 1))
+        logp, ids = found.chunk(2, -1)
+        return logp, ids.long()
+
+    def _scorer(self, labels: Tensor, told: Tensor | None, teacher: tuple[Tensor, Tensor] | None):
+        """For `target_scores`: columns nats of the label; the parent's KL of rows `told` (n,), 0 elsewhere; CAP's entropy and right."""
+        if told is not None:
+            teacher = tuple(torch.zeros(len(labels), part.shape[1], dtype=part.dtype, device=part.device).masked_scatter(told[:, None], part) for part in teacher)
+
+        def score(logits: Tensor, rows: slice) -> Tensor:
+            columns = [F.cross_entropy(logits, labels[rows], reduction="none")]
+            if told is not None:
+                where = told[rows]
+                columns.append(torch.zeros_like(columns[0]).masked_scatter(where, parent_kl(logits[where], *(part[rows][where] for part in teacher))))
+            if self.recipe.cap_weight:
+                columns += [column.to(columns[0]) for column in correct_entropy(logits, labels[rows])]
+            return torch.stack(columns, -1)
+
+        return score
 
     def _layout(self, batch: dict, noisy_ids: Tensor, rows=slice(None)) -> Layout:
         """Of noisy_ids (B * C, L); rows: of those rows of the batch alone."""
@@ -134,117 +164,55 @@ class DiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         recipe, shape = self.recipe, inputs["noisy_ids"].shape
-        reading = read_clean(model, self._layout(inputs, inputs["noisy_ids"]))
+        reading = None if recipe.head_rows else read_clean(model, self._layout(inputs, inputs["noisy_ids"]))
         noised = self._draft(model, inputs, noised_of(inputs), reading) if recipe.draft_share else noised_of(inputs)
         layout = self._layout(inputs, noised.noisy_ids)
         targets = noised.mask_targets | noised.edit_targets | (noised.keep_targets if recipe.keep_weight or recipe.tail_slack else False)
         context = self._context(inputs) if recipe.context_weight and layout.clean is not None else None
         embeds = self._noisy_embeddings(model, layout, inputs["row"] * len(layout.ids) // shape[0])
         embeds = self._carried(model, inputs, noised, layout, embeds)
-        logits, following = target_logits(model, layout, targets.view(shape), embeds, context, reading).tensor_split([int(targets.sum())])
-        labels = inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
-        nll = F.cross_entropy(logits, labels, reduction="none")
-        token_loss, m2t = nll, noised.mask_targets[targets]
+        hits, labels = int(targets.sum()), inputs["input_ids"].repeat_interleave(shape[1], 0)[targets]
+        labels = labels if context is None else torch.cat([labels, inputs["input_ids"][context]])
+        told = teacher = None
         if recipe.kl_weight:
-            token_loss = nll.clone()
-            told = predictable(inputs["maskable"].flatten(0, 1), inputs["doc_ids"].repeat_interleave(shape[1], 0), True)  # the parent is shifted
-            told &= noised.mask_targets
-            spots = told[targets]
-            kl = parent_kl(logits[spots], *self._teacher(inputs, told.view(shape), reading))
-            token_loss[spots] = (1 - recipe.kl_weight) * nll[spots] + recipe.kl_weight * kl
-            self._sums["kl"] += kl.detach().sum().item()
-            self._sums["kl_n"] += len(kl)
+            spots = predictable(inputs["maskable"].flatten(0, 1), inputs["doc_ids"].repeat_interleave(shape[1], 0), True)  # the parent is shifted
+            spots &= noised.mask_targets
+            told, teacher = F.pad(spots[targets], (0, len(labels) - hits)), self._teacher(inputs, spots.view(shape), reading)
+        scores = target_scores(model, layout, targets.view(shape), self._scorer(labels, told, teacher), recipe.head_rows, embeds, context, reading)
+        nll, token_loss = scores[:hits, 0], scores[:hits, 0]
+        if told is not None:
+            kl, token_loss = scores[:hits, 1], torch.where(told[:hits], (1 - recipe.kl_weight) * nll + recipe.kl_weight * scores[:hits, 1], nll)
+            self._sums.add("kl", kl.detach().sum().item(), told.sum().item())
         grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, token_loss)
         losses = combine(grid, noised, weighting=recipe.weighting, edit_weight=recipe.edit_weight, keep_weight=recipe.keep_weight, counts=num_items_in_batch)
-        total = losses.total
+        total, processes = losses.total, self.args.world_size
         if context is not None:
-            next_token = F.cross_entropy(following, inputs["input_ids"][context], reduction="sum")
+            next_token = scores[hits:, 0].sum()
             total = total + recipe.context_weight * next_token / (num_items_in_batch["context"] if num_items_in_batch else context.sum()).clamp(min=1)
-            self._sums["context"] += next_token.item()
-            self._sums["context_n"] += len(following)
+            self._sums.add("context", next_token.item(), len(scores) - hits)
         if recipe.cap_weight:
-            entropy, right = correct_entropy(logits[m2t], labels[m2t])
-            total = total + recipe.cap_weight * entropy / right.clamp(min=1) / self.args.gradient_accumulation_steps
-        self._watch(total, inputs, noised, targets, nll.detach())
-        if self.args.world_size > 1:
-            total = total * self.args.world_size  # DDP averages gradients; the counts are already global
-        return (total, logits) if return_outputs else total
-
-    def _watch(self, total: Tensor, batch: dict, noised: Noised, targets: Tensor, nll: Tensor) -> None:
-        """Sums for the log; stops the run at the first loss that is not a number."""
+            entropy, right = (scores[:hits, column][noised.mask_targets[targets]] for column in (-2, -1))
+            total = total + recipe.cap_weight * entropy.sum() / right.sum().clamp(min=1) / (self.args.gradient_accumulation_steps * processes)
         if not torch.isfinite(total):
-            raise HildaError(f"loss is {total.item()} at step {self.state.global_step}, block size {batch['block_size']}, row {batch['row']}: "
+            raise HildaError(f"loss is {total.item()} at step {self.state.global_step}, block size {inputs['block_size']}, row {inputs['row']}: "
                              f"lower `lr`, raise `low` (1/t weighting), or look at that row's text; checkpoints before it are kept")
-        grid = torch.zeros(targets.shape, device=nll.device).masked_scatter(targets, nll)
-        for name, where in (("m2t", noised.mask_targets), ("t2t", noised.edit_targets), ("keep", noised.keep_targets & targets)):
-            self._sums[name] += (grid * where).sum().item()
-            self._sums[f"{name}_n"] += where.sum().item()
-        for low, high in zip(BUCKETS, BUCKETS[1:]):
-            where = noised.mask_targets & (noised.t > low) & (noised.t <= high)
-            self._sums[f"m2t_t{high:.2f}"] += (grid * where).sum().item()
-            self._sums[f"m2t_t{high:.2f}_n"] += where.sum().item()
-        self._sums["clean_tokens"] += batch["input_ids"].numel() * self.args.world_size
+        self._sums.watch(noised, targets, nll.detach(), inputs["input_ids"].numel())
+        total = total * processes  # DDP and FSDP average gradients; the counts are already global
+        return (total, scores) if return_outputs else total
 
     def log(self, logs: dict, *args, **kwargs) -> None:
-        """Adds the means since the last log: m2t, t2t, keep, context (next token, clean half), m2t by t bucket (nats), kl, block size,
-        stage, speed, memory."""
-        if "loss" in logs and self._sums:
-            sums, now = self._sums, time.perf_counter()
-            names = ["m2t", "t2t", "keep", "context", *(f"m2t_t{high:.2f}" for high in BUCKETS[1:])]
-            logs |= {name: sums[name] / sums[f"{name}_n"] for name in names if sums[f"{name}_n"]}
-            logs |= {"kl": sums["kl"] / max(sums["kl_n"], 1)} if self.recipe.kl_weight else {}
+        """Adds the means since the last log over all processes: m2t, t2t, keep, context (next token, clean half), m2t by t bucket (nats), kl, block
+        size, stage, speed, memory."""
+        if "loss" in logs:
             schedule, step = self.recipe.schedule, max(self.state.global_step - 1, 0)
-            logs |= {"block_size": schedule.block_size(step), "stage": schedule.stage(step),
-                     "clean_tokens_per_s": sums["clean_tokens"] / (now - self._clock), "peak_memory_gb": peak_memory_gb()}
-            self._sums, self._clock = defaultdict(float), now
+            logs |= self._sums.means(self.accelerator) | {"block_size": schedule.block_size(step), "stage": schedule.stage(step)}
         super().log(logs, *args, **kwargs)
 
 
-def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: the accelerator's if there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return getattr(info, "peak_wset", info.rss) / 1e9  # Windows keeps a peak; elsewhere the current size, logged often, has one
-
-
-class ProgressLines(TrainerCallback):
-    """A line every few seconds: step, block size, losses, speed, ETA; step and ETA alone where logs are far apart.
-
-    Plain lines survive papermill; bars do not."""
-
-    SECONDS = 10.0  # often enough to see life, rare enough to keep an executed notebook short
-    PATIENCE = 60.0  # without a log for so long, a large model on a small machine shows its steps
-
-    def __init__(self, title: str):
-        self.title, self.start, self.last = title, time.monotonic(), 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        now = time.monotonic()
-        if "m2t" not in (logs or {}) or (now - self.last < self.SECONDS and state.global_step < state.max_steps):
-            return
-        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in ("m2t", "t2t", "kl") if name in logs)
-        self._print(state, f"  K={logs['block_size']} {logs['stage']}  {losses}  {logs['clean_tokens_per_s']:,.0f} tokens/s")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if not control.should_log and time.monotonic() - max(self.last, self.start) > self.PATIENCE and state.global_step < state.max_steps:
-            self._print(state)
-
-    def _print(self, state, facts: str = "") -> None:
-        self.last, done = time.monotonic(), max(state.global_step - self.first, 1)
-        eta = (self.last - self.start) / done * (state.max_steps - state.global_step)
-        print(f"{self.title}  step {state.global_step}/{state.max_steps}{facts}  ETA {int(eta // 60)}:{int(eta % 60):02d}", flush=True)
-
-
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
-    log_every = min(recipe.log_every, recipe.schedule.total_steps)
+    log_every, (batch_size, accumulate) = min(recipe.log_every, recipe.schedule.total_steps), recipe.share(processes())
     return TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=recipe.batch_size, gradient_accumulation_steps=recipe.accumulate,
+        output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
         max_steps=recipe.schedule.total_steps, learning_rate=recipe.adapter_lr if recipe.adapter_rank else recipe.lr, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.lr_floor}, warmup_steps=recipe.warmup_steps, weight_decay=recipe.weight_decay,
         optim=recipe.optimizer, adam_beta2=0.95,  # 0.999 averages over more steps than a short run has
@@ -252,7 +220,23 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         logging_steps=math.gcd(log_every, recipe.save_every) if recipe.save_every else log_every,  # a log never spans a checkpoint: a resumed log is the same
         save_strategy="steps" if recipe.save_every else "no", save_steps=recipe.save_every or 1,
         save_total_limit=None if recipe.merge_top_k else 2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda")
+        seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False)  # all are used in every step; looking for others costs a walk over the graph
+
+
+def processes() -> int:
+    """How many processes a launcher (`accelerate launch`, `torchrun`) has started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _whole(model):
+    """A plain copy of a model whose weights are sharded over the processes (FSDP2), all of which must call this."""
+    state = {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu() for name, value in model.state_dict().items()}
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    return plain
 
 
 def _merge_best(model, recipe: Recipe, folder: Path, validation: dict[str, Tensor]) -> None:
@@ -282,17 +266,18 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
     """Trains `model` in place by `recipe`, saves it as folder/model and returns the log as a DataFrame (one row a log step).
 
     rows: {"input_ids" long, "doc_ids" long, "maskable" bool}, each (N, L). parent: the frozen AR model, needed when
-    recipe.kl_weight > 0 (a gated model is its own teacher: the parent under its adapters). reference: the frozen dLLM of the same
+    recipe.kl_weight > 0 (a model with adapters is its own teacher: the parent under them). reference: the frozen dLLM of the same
     vocabulary whose distributions masks carry, needed when recipe.residual_share > 0. validation: rows that choose the checkpoints to
-    merge, needed when recipe.merge_top_k > 0. Under `torchrun` or `accelerate launch` recipe.batch_size is per process. An interrupted
-    run with the same recipe, rows and weights continues from its last checkpoint; a finished one is loaded. Raises HildaError on an
-    impossible recipe or a loss that is not a number.
+    merge, needed when recipe.merge_top_k > 0. Under `accelerate launch` or `torchrun` the processes share the rows of each step (`Recipe.share`):
+    the run, its weights and its log are those of one process but for the order of sums, and its checkpoints continue in any number of
+    processes. An interrupted run with the same recipe, rows and weights continues from its last checkpoint; a finished one is loaded.
+    Raises HildaError on an impossible recipe or a loss that is not a number.
     """
     import pandas as pd
 
     if is_gated(model):
         _check_gated(recipe)
-    if recipe.kl_weight and parent is None and not is_gated(model):
+    if recipe.kl_weight and parent is None and not hasattr(model, "peft_config"):
         raise HildaError("kl_weight > 0 needs the frozen AR parent; pass parent=... or set kl_weight to 0")
     if recipe.residual_share and reference is None:
         raise HildaError("residual_share > 0 needs the frozen model that supplies the residual; pass reference=... or set residual_share to 0")
@@ -309,18 +294,24 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         return pd.read_csv(log)
     ids = {"mask_token_id": model.config.hilda["mask_token_id"], "forbidden_ids": backbones.forbidden_ids(model, tokenizer),
            "vocab_size": model.get_input_embeddings().weight.shape[0]}
-    trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids, arguments.world_size), data_collator=collate,
+    trainer = DiffusionTrainer(model=model, args=arguments, train_dataset=NoisedRows(rows, recipe, ids), data_collator=collate,
                                recipe=recipe, hilda=model.config.hilda, parent=parent, reference=reference)
+    if trainer.is_fsdp_enabled and (recipe.merge_top_k or recipe.residual_share or recipe.mask_noise_steps or hasattr(model, "peft_config")):
+        raise HildaError("with sharded weights (FSDP) there is no merge_top_k, residual, mask_noise or adapter; set these to 0, or train without FSDP")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines(title))
     model.train()
     for tiled in filter(None, (model, parent, reference)):
         tiled.set_attn_implementation(TILED)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(checkpointing(model))
+    with arguments.main_process_first(local=False):  # what is damaged is removed once
+        checkpoint = resumable(folder / "checkpoints")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # each save of an adapter looks for its base's config.json on the hub
-        trainer.train(resume_from_checkpoint=resumable(folder / "checkpoints"))
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
     for tiled in filter(None, (model, parent, reference)):
         tiled.set_attn_implementation("sdpa")
@@ -331,7 +322,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
                                                       "causal_context": recipe.causal_context, "stage": recipe.stage} | (
         {"causal_blocks": True} if recipe.tail_slack else {})
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    whole = _whole(model) if trainer.is_fsdp_enabled else model
     if trainer.is_world_process_zero():
-        publish(model, tokenizer, history, folder)
+        publish(whole, tokenizer, history, folder)
     trainer.accelerator.wait_for_everyone()
     return history

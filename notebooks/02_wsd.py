@@ -61,6 +61,10 @@ kl_weight = 0.5
 kl_top_k = 16
 adapter_rank = 0
 adapter_lr = 0.0
+weights = "float32"
+quantize = ""
+lora_rank = 0
+head_rows = 0
 mask_noise = 0.1
 mask_noise_steps = 5
 optimizer = "adamw_torch_fused"
@@ -76,7 +80,6 @@ save_every = 0
 arms = ["dLLM", "no T2T", "AR twin"]
 
 # %%
-import copy
 import itertools
 from functools import partial
 
@@ -85,34 +88,21 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, layout, nano, paths, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, params, paths, stages, tasks
 from hildalib.decoding import EditSettings
-from hildalib.recipe import Recipe, arm
-from hildalib.training import train
-from hildalib.wsd import BlockSchedule
+from hildalib.recipe import arm
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "02_wsd"
-folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 
 # %% [markdown]
 # ## The parent
 #
-# `nano` is trained here from random weights, by the same code that converts it: block size 1 with shifted labels *is* next-token prediction. Any other name is loaded with its weights as they are.
+# `nano` is trained here from random weights, by the same code that converts it: block size 1 with shifted labels *is* next-token prediction. Any other name is loaded with its weights as they are. Everything that follows from the parameters above is made in `hildalib.stages`, for `hilda train` makes the same of them when several processes share the work; arms that it has trained are found finished here.
 
 # %%
-if model == "nano":
-    parent, tokenizer = nano.nano(hidden, layers, seed=seed)
-else:
-    parent, tokenizer = backbones.load(model, dtype="float32")
-vocabulary = len(parent.get_input_embeddings().weight)
-rows = {split: artefacts.load_rows(profile, "01_data", split, seed, vocab_size=vocabulary)
-        for split in ("train", "validation")}
-if model == "nano":
-    ar = Recipe(schedule=BlockSchedule(stable=(1, parent_steps)), batch_size=parent_batch, lr=parent_lr,
-                warmup_steps=min(50, parent_steps // 10), stage="ar", seed=seed, save_every=save_every)
-    train(parent, tokenizer, rows["train"], ar, folder / "parent", title="AR parent")
-    parent.name_or_path = str(folder / "parent" / "model")
+stage = stages.conversion(params.of(NOTEBOOK, globals()))
+parent, tokenizer, rows, folder = stage.parent, stage.tokenizer, stage.rows, stage.folder
 print(f"{parent.num_parameters():,} parameters, {rows['train']['maskable'].sum():,} training tokens, "
       f"device {parent.device}")
 
@@ -122,13 +112,13 @@ print(f"{parent.num_parameters():,} parameters, {rows['train']['maskable'].sum()
 # Warmup climbs from block size 1, where the model is still its parent, to larger blocks; stable, if given, runs at full length; decay comes down to the working size. Validation first: at block size 1 the diffusion loss of the untouched parent *is* its next-token loss. That is where the conversion starts.
 
 # %%
-schedule = BlockSchedule(warmup=[tuple(rung) for rung in warmup], stable=tuple(stable),
-                         decay=[tuple(rung) for rung in decay])
+schedule = stage.recipe.schedule
 working = schedule.block_size(schedule.total_steps)
+portion = {"batch_size": batch_size, "head_rows": head_rows} if head_rows else {}  # of validation: large vocabularies
 
 
 def next_token_loss(model) -> float:
-    return layout.validate(model, rows["validation"], block_size=1, label_shift=True, rates=(1.0,))[1.0]
+    return layout.validate(model, rows["validation"], block_size=1, label_shift=True, rates=(1.0,), **portion)[1.0]
 
 
 parent_loss = next_token_loss(parent)
@@ -143,39 +133,12 @@ print(f"{schedule.total_steps} steps, working block size {working}; "
 # Every arm starts from the same parent and sees the same text in the same order for the same number of optimiser steps. The AR twin simply goes on with next-token prediction: what the extra training alone buys.
 
 # %%
-noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
-             suffix_share=suffix_share, complementary=complementary,
-             copies=copies, edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns,
-             mask_noise=mask_noise, mask_noise_steps=mask_noise_steps)
-loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, cap_weight=cap_weight,
-            kl_weight=kl_weight, kl_top_k=kl_top_k, label_shift=label_shift,
-            causal_context=causal_context, context_weight=context_weight,
-            adapter_rank=adapter_rank, adapter_lr=adapter_lr)
-optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
-                    precision=precision, gradient_checkpointing=gradient_checkpointing,
-                    merge_top_k=merge_top_k, save_every=save_every)
-recipe = Recipe(schedule=schedule, ar_share=ar_share, stage="wsd", seed=seed, **noise, **loss, **optimisation)
-length, logs = rows["train"]["input_ids"].shape[1], []
-
-
-def start(rank: int):  # adapters act on noisy rows alone: what reads clean text stays the parent
-    model = copy.deepcopy(parent)
-    if rank:
-        torch.manual_seed(seed)
-        return gated.gate(backbones.with_lora(model, rank))
-    return model
-
-
-for name in arms:
-    changed = arm(recipe, name, length)
-    log = train(start(changed.adapter_rank), tokenizer, rows["train"], changed, folder / name,
-                parent=parent, title=name, validation=rows["validation"])
-    logs.append(log.assign(arm=name))
-logs = pd.concat(logs, ignore_index=True)
+recipe, length = stage.recipe, rows["train"]["input_ids"].shape[1]
+logs = pd.concat([stage.train(name).assign(arm=name) for name in arms], ignore_index=True)
 
 
 def converted(name: str):  # one model in memory at a time
-    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype="float32")[0]
+    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype=weights)[0]
 
 # %%
 curves = [column for column in ("m2t", "t2t", "kl") if column in logs]
@@ -194,7 +157,7 @@ plt.show()
 # One number hides much. Near the end of a block's decoding few tokens are masked (small t); at its start all are (t = 1). The same held-out masks for every arm:
 
 # %%
-measured = {name: layout.validate(converted(name), rows["validation"], block_size=working)
+measured = {name: layout.validate(converted(name), rows["validation"], block_size=working, **portion)
             for name in arms if name != "AR twin"}
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": loss}
                            for name, losses in measured.items() for t, loss in losses.items()])

@@ -47,6 +47,8 @@ draft_turns = 1
 ar_share = 0.0
 context_weight = 1.0
 adapter_lr = 0.0
+weights = "float32"
+head_rows = 0
 kl_weight = 0.0
 kl_top_k = 16
 optimizer = "adamw_torch_fused"
@@ -65,15 +67,11 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, evaluate, figures, gated, layout, paths, tasks
+from hildalib import artefacts, backbones, evaluate, figures, layout, params, paths, stages, tasks
 from hildalib.decoding import settings_for
-from hildalib.recipe import Recipe, arm
-from hildalib.training import train
-from hildalib.wsd import BlockSchedule
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "03_sft"
-folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 
 # %% [markdown]
 # ## Only the response is noised
@@ -83,44 +81,23 @@ folder = paths.checkpoint_dir(profile, NOTEBOOK, seed)
 # In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 
 # %%
-converted = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
-starts = {name: name if name in {*converted, "AR twin"} else "dLLM" for name in arms}  # others differ from here on
-folders = {name: artefacts.model_folder(profile, "02_wsd", start, seed) for name, start in starts.items()}
-first, tokenizer = backbones.load(folders[arms[0]], dtype="float32")
-vocabulary = len(first.get_input_embeddings().weight)
-rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
+given = params.of(NOTEBOOK, globals())
+stage = stages.tuning(given)
+tokenizer, rows, folder = stage.tokenizer, stage.rows["train"], stage.folder
 response_tokens = int(rows["maskable"].sum())
-print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; "
-      + ", ".join(f"{name} starts from {start} of 02" for name, start in starts.items()))
+print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; " + ", ".join(
+    f"{name} starts from {start.parent.name} of 02" for name, start in stages.origins(given).items()))
 
 # %%
-noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
-             suffix_share=suffix_share, complementary=complementary,
-             edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
-loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
-            context_weight=context_weight, adapter_rank=gated.rank(first), adapter_lr=adapter_lr,
-            **{key: first.config.hilda[key] for key in ("label_shift", "causal_context")})
-optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
-                    precision=precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every)
-recipe = Recipe(schedule=BlockSchedule(stable=(block_size, steps)), ar_share=ar_share, stage="sft", seed=seed,
-                **noise, **loss, **optimisation)
-teacher = None
-if kl_weight:
-    teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype="float32")[0]
-logs = []
-for name in arms:
-    start = backbones.load(folders[name], dtype="float32")[0]
-    log = train(start, tokenizer, rows, arm(recipe, name), folder / name, parent=teacher, title=name)
-    logs.append(log.assign(arm=name))
-logs = pd.concat(logs, ignore_index=True)
+logs = pd.concat([stage.train(name).assign(arm=name) for name in arms], ignore_index=True)
 
 
 def tuned(name: str):  # one model in memory at a time
-    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype="float32")[0]
+    return backbones.load(artefacts.model_folder(profile, NOTEBOOK, name, seed), dtype=weights)[0]
 
 # %%
 table = logs[["arm", "step", "block_size", *[c for c in ("m2t", "t2t") if c in logs]]]
-origin = {"data": f"01_data of profile {profile}", "seed": seed, "device": str(first.device)}
+origin = {"data": f"01_data of profile {profile}", "seed": seed, "device": str(tuned(arms[0]).device)}
 figures.save(figures.losses(table), "03_losses", table, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
@@ -130,9 +107,11 @@ plt.show()
 # The same held-out responses with the same masks for every diffusion arm. A gap between these losses and the last ones above is what was learned by heart.
 
 # %%
-held_out = artefacts.load_rows(profile, "01_data", "sft-validation", seed, vocab_size=vocabulary)
+held_out = artefacts.load_rows(profile, "01_data", "sft-validation", seed)
+portion = {"batch_size": batch_size, "head_rows": head_rows} if head_rows else {}  # large vocabularies
 validation = pd.DataFrame([{"arm": name, "t": t, "loss": value} for name in arms if name != "AR twin"
-                           for t, value in layout.validate(tuned(name), held_out, block_size=block_size).items()])
+                           for t, value in layout.validate(tuned(name), held_out,
+                                                           block_size=block_size, **portion).items()])
 figures.save(figures.loss_by_t(validation), "03_loss_by_t", validation,
              profile=profile, seed=seed, provenance=origin)
 plt.show()
@@ -164,7 +143,7 @@ validation.to_csv(output / "validation.csv", index=False)
 samples.to_csv(output / "samples.csv", index=False)
 artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
                          "tokens_per_s": logs.groupby("arm").clean_tokens_per_s.median().to_dict()},
-                        profile, NOTEBOOK, seed, model=first)
+                        profile, NOTEBOOK, seed, model=tuned(arms[0]))
 
 # %% [markdown]
 # ## What we learned

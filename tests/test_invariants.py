@@ -188,31 +188,6 @@ def test_3_batch_8_equals_2_times_4_accumulated(tmp_path, options):
         assert torch.allclose(torch.tensor(log[name].dropna().values), torch.tensor(log_parts[name].dropna().values), atol=1e-4)
 
 
-def test_3_two_processes_equal_one(tmp_path):
-    """The same run under torchrun with two processes of batch 4 and alone with batch 8; gloo, so that no GPU is needed."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    script = tmp_path / "run.py"
-    script.write_text(f"""import os, sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-torch.set_num_threads(1)
-from pathlib import Path
-import test_invariants as t
-weights, _ = t.small_run(Path({str(tmp_path / "two")!r}), batch_size=4)
-if os.environ["RANK"] == "0":
-    torch.save(weights, {str(tmp_path / "two.pt")!r})
-""", encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone, _ = small_run(tmp_path / "one")
-    assert torch.allclose(torch.load(tmp_path / "two.pt", weights_only=True), alone, atol=2e-5)
-
-
 # 4 -----------------------------------------------------------------------------------------------------------------------
 
 @hypothesis_settings(max_examples=50, deadline=None)

@@ -121,6 +121,25 @@ def test_unknown_profile_and_notebook_suggest_a_name(load, tmp_path):
         params.load("other", "nano", record=Record, folder=tmp_path)
 
 
+def test_an_overlay_changes_what_a_notebook_has_of_its_keys_and_names_the_results(load, tmp_path):
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "old.yaml").write_text("lr: 5e-4\nprecision: bfloat16\n", encoding="utf-8")  # precision: of other notebooks
+    values = load(profile="nano+old", steps="7")
+    assert (values["profile"], values["lr"], values["tau_edit"], values["steps"]) == ("nano+old", 5e-4, 0.9, 7) and "precision" not in values
+    assert load(profile="smoke+old")["lr"] == 5e-4 and params.profiles(tmp_path) == ["smoke", "nano"]
+    assert params.covered(["before", "toy"], "nano+old", tmp_path) == ["toy"]
+
+
+@pytest.mark.parametrize("text, profile, message", [
+    ("lr: 5e-4", "nano+older", "unknown overlay 'older'; did you mean 'old'"), ("lrr: 1", "nano+old", "no notebook has a parameter 'lrr'"),
+    ("lr: -1", "nano+old", "must be at least 0"), ("profile: x", "nano+old", "no notebook has a parameter 'profile'"), ("lr: 1", "none+old", "unknown profile")])
+def test_a_bad_overlay_is_refused(load, tmp_path, text, profile, message):
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "old.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(HildaError, match=message):
+        load(profile=profile)
+
+
 def test_defaults_are_not_shared_between_callers():
     params.defaults("toy", Record)["warmup"].append("changed")
     assert params.defaults("toy", Record)["warmup"] == [[1, 2], [4, 2]]
@@ -152,10 +171,13 @@ def test_a_cell_that_could_overrule_its_parameters_is_refused(notebook, message)
 
 
 def test_every_committed_parameter_file_loads_and_nano_is_complete():
-    files = {(path.parent.name, path.stem) for path in params.paths.params().glob("*/*.yaml")}
+    files = {(path.parent.name, path.stem) for path in params.paths.params().glob("*/*.yaml") if path.parent.name != params.OVERLAYS}
     for profile, name in files:
         assert params.load(name, profile)["profile"] == profile
     assert {name for profile, name in files if profile == "nano"} == set(params.RECORDS)
+    for overlay in params.paths.params().glob(f"{params.OVERLAYS}/*.yaml"):
+        for name in params.RECORDS:
+            assert params.load(name, f"smoke+{overlay.stem}")["profile"] == f"smoke+{overlay.stem}"
 
 
 def test_every_record_passes_its_own_check():

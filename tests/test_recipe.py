@@ -15,8 +15,8 @@ IDS = {"mask_token_id": MASK, "forbidden_ids": range(5), "vocab_size": 19}
 LADDER = BlockSchedule(warmup=[(1, 2)], stable=(16, 2), decay=[(4, 4)])
 
 
-def noisy(recipe, rows=6, world_size=1, documents=True):
-    return NoisedRows(as_rows(*text(rows, 16, documents=documents)), recipe, IDS, world_size)
+def noisy(recipe, rows=6, documents=True):
+    return NoisedRows(as_rows(*text(rows, 16, documents=documents)), recipe, IDS)
 
 
 def test_every_epoch_shows_every_text_once_in_its_own_order():
@@ -28,13 +28,24 @@ def test_every_epoch_shows_every_text_once_in_its_own_order():
     assert noisy(Recipe(LADDER, batch_size=3, seed=1)).order.tolist() != data.order.tolist()
 
 
-def test_a_row_is_the_same_whether_its_step_is_one_batch_several_or_several_processes():
+def test_a_row_is_the_same_whether_its_step_is_one_batch_or_several():
     forms = [noisy(Recipe(LADDER, batch_size=4, ar_share=0.5, edit_rate=0.2, draft_share=0.5)),
-             noisy(Recipe(LADDER, batch_size=2, accumulate=2, ar_share=0.5, edit_rate=0.2, draft_share=0.5)),
-             noisy(Recipe(LADDER, batch_size=2, ar_share=0.5, edit_rate=0.2, draft_share=0.5), world_size=2)]
+             noisy(Recipe(LADDER, batch_size=2, accumulate=2, ar_share=0.5, edit_rate=0.2, draft_share=0.5))]
     for n in range(len(forms[0])):
         first, *others = (form[n] for form in forms)
         assert all(torch.equal(torch.as_tensor(first[key]), torch.as_tensor(other[key])) for other in others for key in first)
+
+
+@pytest.mark.parametrize("batch_size, accumulate, processes, share", [(8, 1, 1, (8, 1)), (8, 1, 2, (4, 1)), (4, 4, 2, (4, 2)), (4, 4, 8, (2, 1)),
+                                                                      (6, 4, 6, (2, 2))])
+def test_processes_share_micro_batches_first_and_then_their_rows(batch_size, accumulate, processes, share):
+    assert Recipe(LADDER, batch_size=batch_size, accumulate=accumulate).share(processes) == share
+    assert share[0] * share[1] * processes == batch_size * accumulate
+
+
+def test_rows_that_cannot_be_shared_are_refused():
+    with pytest.raises(HildaError, match="3 processes cannot share a step of 2 micro-batches of 4 rows"):
+        Recipe(LADDER, batch_size=4, accumulate=2).share(3)
 
 
 def test_block_size_and_targets_follow_the_step_of_the_row():

@@ -1,0 +1,79 @@
+"""`hilda train`: arms from parameters alone, where the notebook finds them; parameters become the recipe field by field."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny import as_rows
+
+from hildalib import HildaError, artefacts, backbones, book, params, paths, stages, stamps, training
+from hildalib.__main__ import main
+from hildalib.nano import nano
+from hildalib.recipe import Recipe
+
+
+@pytest.fixture
+def data():
+    """Rows of 01_data at smoke, as that notebook leaves them, with its stamp."""
+    tokenizer = nano(32, 2)[1]
+    digits = tokenizer("0123456789", add_special_tokens=False).input_ids
+    for split, count in (("train", 24), ("validation", 8)):
+        ids = torch.tensor(digits)[torch.randint(10, (count, 64), generator=torch.Generator().manual_seed(count))]
+        artefacts.save_rows(as_rows(ids), "smoke", "01_data", split)
+    stamps.write(paths.output_dir("smoke", "01_data") / stamps.STAMP, {"digest": "x", "artefacts": {}})
+
+
+def test_train_leaves_arms_that_the_notebook_finds_finished(data, monkeypatch, capsys):
+    few = ["--set", "parent_steps=3", "--set", "warmup=[[1,1],[4,1]]", "--set", "decay=[[8,2]]"]
+    assert main(["train", "02_wsd", "--profile", "smoke", "--arm", "dLLM", "--arm", "AR twin", *few]) == 0
+    assert "next: hilda run 02_wsd --profile smoke" in capsys.readouterr().out
+    folder = paths.checkpoint_dir("smoke", "02_wsd")
+    assert {path.parent.name for path in folder.glob("*/log.csv")} == {"parent", "dLLM", "AR twin"}
+    overrides = dict(text.split("=") for text in few[1::2])
+    (job,) = book.plan(book.Book(), ["02_wsd"], "smoke", overrides)
+    book.begin(job, job.inputs(), force=False)  # as `hilda run` begins: what train left is a run to be continued
+    monkeypatch.setattr(training.DiffusionTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    stage = stages.conversion(job.parameters)  # as the notebook does
+    assert len(stage.train("dLLM")) and (folder / "dLLM" / "model").is_dir()
+    (other,) = book.plan(book.Book(), ["02_wsd"], "smoke", overrides | {"lr": "0.5"})
+    book.begin(other, other.inputs(), force=False)
+    assert not (folder / "dLLM").exists()  # another recipe continues nothing
+
+
+def test_parameters_become_the_recipe_field_by_field():
+    values = params.load("02_wsd", "recipes")
+    recipe = stages.recipe_of(values, stages.schedule_of(values), "wsd")
+    shared = {field.name for field in fields(Recipe)} & {*values}
+    assert len(shared) > 25 and all(getattr(recipe, name) == values[name] for name in shared)
+    assert recipe.schedule.rungs() == [tuple(rung) for rung in (*values["warmup"], values["stable"], *values["decay"])]
+    values = params.load("03_sft", "smol")
+    assert stages.recipe_of(values, recipe.schedule, "sft", adapter_rank=7).adapter_rank == 7
+
+
+def test_a_quantised_parent_needs_adapters_for_every_arm(data):
+    values = params.load("02_wsd", "smoke", {"quantize": "nf4", "adapter_rank": "4", "adapter_lr": "0.1"})
+    with pytest.raises(HildaError, match="set lora_rank"):
+        stages.conversion(values)
+
+
+def test_a_quantised_parent_is_converted_and_tuned_under_adapters(data, tmp_path):
+    """02 and 03 with NF4 and LoRA, dLLM and twin, on a small model from a folder."""
+    model, tokenizer = nano(32, 2)
+    backbones.save(model, tokenizer, tmp_path / "parent")
+    changes = {"model": str(tmp_path / "parent"), "quantize": "nf4", "lora_rank": 4, "arms": ["dLLM", "AR twin"], "warmup": [[1, 1]], "decay": [[8, 2]],
+               "head_rows": 16, "gradient_checkpointing": True, "kl_weight": 0.5, "optimizer": "adamw_8bit"}
+    stage = stages.conversion(params.load("02_wsd", "smoke", changes))
+    for name in ("dLLM", "AR twin"):
+        stage.train(name)
+    for split in ("train", "validation"):
+        artefacts.save_rows(artefacts.load_rows("smoke", "01_data", split), "smoke", "01_data", f"sft-{split}")
+    tuned = stages.tuning(params.load("03_sft", "smoke", {"arms": ["dLLM", "AR twin"], "steps": 2, "head_rows": 16}))
+    assert len(tuned.train("dLLM")) and tuned.recipe.causal_context
+    again = backbones.load(paths.checkpoint_dir("smoke", "03_sft") / "dLLM" / "model", dtype="float32", device="cpu")[0]
+    assert again.config.hilda["stage"] == "sft" and again.is_quantized
+
+
+@pytest.mark.parametrize("arguments, message", [(("04_decode",), "use 02_wsd or 03_sft"), (("02_wsd", "--profile", "smoke"), "needs the results of 01_data"),
+                                                (("02_wsd", "--set", "lrr=1"), "did you mean 'lr'")])
+def test_mistakes_are_explained(capsys, arguments, message):
+    assert main(["train", *arguments]) == 2 and message in capsys.readouterr().err
