@@ -1,12 +1,13 @@
 """Memory and operations of a training step, byte by byte, without weights: the step itself is run on tensors that have a shape and no content.
 
 Every allocation that PyTorch's operators make is seen, so nothing is estimated by a formula that could grow old; what kernels allocate inside
-themselves is not. Entry points: `simulate` (a `Step`), `config_of`, `Shape`.
+themselves is not. Entry points: `simulate` (a `Step`), `held` (of real work), `config_of`, `Shape`.
 """
 
 import contextlib
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -108,6 +109,20 @@ class _Watch(TorchDispatchMode):
         for number, size in alive.items():
             parts["gradients" if number in gradients else self.born[number]] += size
         return parts
+
+
+def held(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """Runs `call` and returns the most bytes of new tensors that were alive at a time: the allocator's count on a GPU, on a CPU that of the
+    operators' results, without what kernels allocate inside themselves."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    watch = _Watch()
+    with watch:
+        call()
+    return sum(watch.highest(set()).values())
 
 
 class _Dequantised(torch.autograd.Function):

@@ -266,7 +266,7 @@ plt.show()
 # %% [markdown]
 # ## What the gradient had to work with
 #
-# *noise*: the variance of the start's gradient over fresh batches, as a multiple of the squared mean gradient: how many steps an average would need until it is as much signal as noise. *mask noise*: the part of it that the draw of masks or rounds makes, with the same completions. *equal groups*: the share of completions without a signal. *log-ratio std* is 0 with one update a batch: the policy that sampled is the one that learns. *forwards*: of the rollouts, summed over rows. Under a wrapper *equal groups* counts completions that were sampled and not used, and *noise* is that of the start, where LENS has nothing to compare.
+# *noise*: the variance of the start's gradient over fresh batches, as a multiple of the squared mean gradient: how many steps an average would need until it is as much signal as noise. *mask noise*: the part of it that the draw of masks or rounds makes, with the same completions. *equal groups*: the share of completions without a signal. *log-ratio std* is 0 with one update a batch: the policy that sampled is the one that learns. *forwards*: of the rollouts, summed over rows. *learn_mb*: the memory that scoring and the backward pass of a step need beside weights and optimiser. Under a wrapper *equal groups* counts completions that were sampled and not used, and *noise* is that of the start, where LENS has nothing to compare.
 
 # %%
 spent = learning.costs(logs, prompts * group)
@@ -275,7 +275,7 @@ for name in arms:
                                  sampled(name), batches=noise_batches, chat=chat)
     spent.loc[spent.arm == name, list(found)] = list(found.values())
 spent.to_csv(output / "costs.csv", index=False)
-columns = ["arm", "cpu_seconds", "forwards", "equal_groups", "noise", "mask_noise", "log_ratio_std",
+columns = ["arm", "cpu_seconds", "learn_mb", "forwards", "equal_groups", "noise", "mask_noise", "log_ratio_std",
            "grad_norm", "entropy", "tokens", "edits"]
 print(spent[columns].round(3).to_string(index=False))
 
@@ -318,12 +318,12 @@ tested.to_csv(output / "test.csv", index=False)
 watched = [column for column in ("accuracy", "gain", "tpf", "worked", "right") if column in tested]
 means = evaluate.across_seeds(dict(tuple(every_seed("test.csv").groupby("seed"))), ["arm", "setting"], watched,
                               shares=("accuracy", "worked", "right"))
-kept = ["rollouts", "cpu_seconds", "noise", "equal_groups", "entropy", "tokens"]
+kept = ["rollouts", "cpu_seconds", "learn_mb", "noise", "equal_groups", "entropy", "tokens"]
 cost = every_seed("costs.csv").groupby("arm")[kept].mean()
 means = means.merge(cost.reset_index(), how="left", on="arm")
 means["rollouts_per_point"] = (means.rollouts / (100 * means.gain)).where(means.gain > 0)
 columns = ["arm", "setting", "n_seeds", "accuracy", "gain", "gain_low", "gain_high", "tpf",
-           "rollouts_per_point", "cpu_seconds"]
+           "rollouts_per_point", "cpu_seconds", "learn_mb"]
 print(means[columns].round(3).to_string(index=False))
 
 # %%

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny, weights
 
-from hildalib import HildaError, learning
+from hildalib import HildaError, footprint, learning
 from hildalib.decoding import EditSettings
 from hildalib.rl import RLRecipe, likelihood, noise, objectives
 from hildalib.rl.rollout import sample
@@ -115,3 +115,15 @@ def test_the_audit_of_trajectories_and_of_log_ratios():
     assert (table.ratio_std < table.ratio_std_fresh)[list(likelihood.SCHEMES)].all() and table.ratio_std["mean field"] == 0
     alone = likelihood.audit(model, rollout, (2,), 5, torch.Generator().manual_seed(0), other=model)
     assert alone.ratio_std.max() == 0
+
+
+def test_memory_held_is_that_of_tensors_alive_together_in_forward_and_backward():
+    x = torch.ones(1000, requires_grad=True)
+
+    def one_after_the_other():
+        for _ in range(3):
+            torch.ones(500)
+
+    assert footprint.held(lambda: [torch.ones(500) for _ in range(3)]) == 3 * 2000
+    assert 2000 <= footprint.held(one_after_the_other) < 2 * 2000
+    assert footprint.held(lambda: (2 * x).exp().sum().backward()) >= 2 * 4000  # exp keeps its result for the gradient of its input

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hildalib import footprint
 from hildalib.attention import TILED
 from hildalib.decoding import EditSettings
 from hildalib.rl import trainer
@@ -18,20 +19,23 @@ NOTHING = {"noise": float("nan"), "mask_noise": float("nan")}
 
 def gradient_noise(model, tokenizer, task, pool: list[dict], recipe: trainer.RLRecipe, settings: EditSettings, *, batches: int = 4,
                    chat: bool = False) -> dict:
-    """{"noise", "mask_noise"} of `noise_of` for the first `batches` steps of a run, nothing updated, masks drawn twice on each.
+    """{"noise", "mask_noise"} of `noise_of` for the first `batches` steps of a run, nothing updated, masks drawn twice on each; and
+    "learn_mb", the most memory in MB that scoring and the backward pass of one step held, beside weights and optimiser.
 
     nan where fewer than two of the steps had a group to learn from.
     """
     model.set_attn_implementation(TILED)  # as in training
-    run, pairs = trainer._Run(model, tokenizer, task, pool, recipe, settings, chat), []
+    run, pairs, most = trainer._Run(model, tokenizer, task, pool, recipe, settings, chat), [], 0
     for step in range(batches):
         run.step = step
         sampled = run.roll()
         pair = [run._batch(*sampled, update) for update in range(2)]
         if None not in pair:
             pairs.append(torch.stack([_gradient(run, batch) for batch in pair]))
+            most = most or footprint.held(lambda batch=pair[0]: _gradient(run, batch), model.device)
     model.set_attn_implementation("sdpa")
-    return noise_of(torch.stack(pairs)) if len(pairs) > 1 else NOTHING
+    found = noise_of(torch.stack(pairs)) if len(pairs) > 1 else NOTHING
+    return found | {"learn_mb": most / 1e6 if pairs else float("nan")}
 
 
 def _gradient(run, batch: trainer.Batch) -> Tensor:
