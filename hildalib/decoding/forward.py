@@ -42,9 +42,10 @@ class Forward:
     """
 
     def __init__(self, model):
-        self.model, self.straight, self.gate, self.embedding = model, is_straight(model), None, model.get_input_embeddings()
+        self.model, self.straight, self.gate = model, is_straight(model), None
         if not self.straight:
             return
+        self.embedding = model.get_input_embeddings()
         if is_gated(model):
             self.gate, self.embedding, model = adapters.Gate(model), adapters.Gate.embedding(model), model.get_base_model()
         self.rotary, self.turns = model.model.rotary_emb, None
@@ -102,7 +103,7 @@ class Forward:
 
     def _embedded(self, ids: Tensor, carried: Tensor | None) -> Tensor:
         """(b, Q, D) input embeddings of ids (b, Q), `carried` (b, n, D) added to the first n."""
-        embeds = self.embedding(ids)
+        embeds = (self.embedding if self.straight else self.model.get_input_embeddings())(ids)
         return embeds if carried is None else embeds + F.pad(carried, (0, 0, 0, ids.shape[1] - carried.shape[1])).to(embeds.dtype)
 
     def _turns(self, x: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
