@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards on an editable block-diffusion model.
 
-`rollout` samples completions, `likelihood` says how likely a policy makes them, `objectives` turns both into a loss, `trainer` repeats.
+`rollout` samples completions, `exploration` spends them otherwise, `likelihood` says how likely a policy makes them, `objectives` turns both into a loss, `trainer` repeats.
 Entry points: `train`, `RLRecipe`, `METHODS`.
 """
 

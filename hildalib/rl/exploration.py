@@ -1,7 +1,8 @@
 """Other ways to spend a step's rollouts: half of each group are plain attempts, the other half is sampled with what they showed.
 
-That half may spend what the plain half spent and no forward more; whatever objective then learns from both. Entry points: `EXPLORATIONS`
-(name -> wrapper), `Explorer` (its `explore` makes a step's rollouts).
+That half may spend what the plain half spent and no forward more: a step then costs at most twice its plain half, which is what a step of
+plain rollouts costs on average. Any objective learns from both halves. Entry points: `EXPLORATIONS` (name -> wrapper), `Explorer` (its
+`explore` makes a step's rollouts).
 """
 
 import math
@@ -89,7 +90,8 @@ class Explorer:
         rewards = score(rollout.ids, self.tokenizer, self.task, [items[number] for number in asked])
         return EXPLORATIONS[name](self, Plain(prompts, items, rollout, rewards, half), generator)
 
-    def decode(self, prompts: list[list[int]], settings: EditSettings, generator: torch.Generator, budget: float = math.inf) -> tuple[Rollout | None, list[int]]:
+    def decode(self, prompts: list[list[int]], settings: EditSettings, generator: torch.Generator,
+               budget: float = math.inf) -> tuple[Rollout | None, list[int]]:
         """(a completion each of the first prompts that the budget of forwards surely pays, their numbers); None where it pays none.
 
         A row is begun only if its worst case is covered, so none has to be cut short, which would favour short answers; what
@@ -107,7 +109,8 @@ class Explorer:
             begun, budget = begun + count, budget - int(parts[-1].forwards.sum())
         return (joined(parts) if parts else None), list(range(begun))
 
-    def resume(self, plain: Plain, numbers: list[int], kept: list[list[int]], settings: EditSettings, generator: torch.Generator) -> tuple[Rollout | None, Tensor, Tensor]:
+    def resume(self, plain: Plain, numbers: list[int], kept: list[list[int]], settings: EditSettings,
+               generator: torch.Generator) -> tuple[Rollout | None, Tensor, Tensor]:
         """(completions, rewards, groups) of prompts `numbers`, each with what `kept` says of prompt and completion given; no more than
         the budget pays."""
         ends = [len(plain.prompts[number]) + settings.max_new_tokens for number in numbers]

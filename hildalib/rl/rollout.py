@@ -81,8 +81,8 @@ def sample(model, prompt_ids: Tensor, settings: EditSettings, *, attention_mask:
     generated = (docs == 0) & (position >= length[:, None])
     ended = (torch.isin(x0, torch.tensor(eos_ids(model), dtype=torch.long)) & generated).long()
     scored = generated & (position < length[:, None] + settings.max_new_tokens) & (ended.cumsum(1) - ended == 0)
-    return Rollout(x0, docs, scored, *_rounds(trace), *_history(trace), credit=torch.ones(x0.shape), ids=decoded.ids.cpu().clone(), forwards=decoded.forwards.cpu().clone(),
-                   positions_fed=decoded.positions_fed.cpu().clone(), prompt_length=length, block_size=trace.block_size,
+    return Rollout(x0, docs, scored, *_rounds(trace), *_history(trace), credit=torch.ones(x0.shape), ids=decoded.ids.cpu().clone(),
+                   forwards=decoded.forwards.cpu().clone(), positions_fed=decoded.positions_fed.cpu().clone(), prompt_length=length, block_size=trace.block_size,
                    mask_token_id=trace.mask_token_id, temperature=settings.temperature)
 
 

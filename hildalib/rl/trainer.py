@@ -239,7 +239,8 @@ class _Run:
         """One step; returns its log row."""
         wall, cpu = time.perf_counter(), time.process_time()
         rollout, items, rewards, groups = self.roll()
-        row = {"step": self.step + 1, "reward": rewards[:self.recipe.plain].mean().item(), "equal_groups": 1 - objectives.informative(rewards, groups).float().mean().item(),
+        row = {"step": self.step + 1, "reward": rewards[:self.recipe.plain].mean().item(),
+               "equal_groups": 1 - objectives.informative(rewards, groups).float().mean().item(),
                "tokens": rollout.scored.sum(1).float().mean().item(), "confidence": rollout.confidence[rollout.written].nanmean().item(),
                "edits": rollout.edits.float().mean().item(), "forwards": rollout.forwards.sum().item(), "positions": rollout.positions_fed.sum().item()}
         row |= self._learn(rollout, items, rewards, groups)
@@ -319,8 +320,8 @@ class _Run:
 
 def _fingerprint(model, pool: list[dict], recipe: RLRecipe, settings: EditSettings, task) -> str:
     """What a run depends on; a checkpoint of another fingerprint is never resumed. Without a wrapper it is what it was before there were any."""
-    choices = {name: value for name, value in asdict(recipe).items() if value != ""} | ({"wrapper": EXPLORATIONS[recipe.exploration]} if recipe.exploration else {})
-    record = [choices, asdict(settings), task.name, getattr(task, "version", 0), pool]
+    wrapper = {"wrapper": EXPLORATIONS[recipe.exploration]} if recipe.exploration else {}
+    record = [{name: value for name, value in asdict(recipe).items() if value != ""} | wrapper, asdict(settings), task.name, getattr(task, "version", 0), pool]
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True, default=str).encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -335,8 +336,8 @@ def train(model, tokenizer, task, pool: list[dict], recipe: RLRecipe, settings: 
     >= 1 and method "AR GRPO" is the AR reference. evaluate: called with the model after every recipe.eval_every steps and the
     last one; what it returns joins the row. The model stays in eval mode: with dropout the first ratio would not be 1.
 
-    Columns: step, reward (mean of the plain attempts), equal_groups (share of samples whose group has one reward: no signal), tokens, edits (a
-    completion), confidence (mean at the last write), forwards, positions (of the rollout), learn_forwards, learn_positions (see
+    Columns: step, reward (mean of the plain attempts), equal_groups (share of samples whose group has one reward: no signal), tokens,
+    edits (a completion), confidence (mean at the last write), forwards, positions (of the rollout), learn_forwards, learn_positions (see
     `_Run._learn`), loss, entropy (nats a scored token), grad_norm (before clipping), the objective's statistics, seconds,
     cpu_seconds, peak_memory_gb. An interrupted run with the same arguments and start weights continues from its last checkpoint;
     a finished one is loaded. Raises HildaError on an empty pool, temperature 0, or a loss that is not a number.

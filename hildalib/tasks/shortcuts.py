@@ -2,7 +2,8 @@
 
 The questions are those of `arithmetic`; a hash of the question decides how its demonstration answers, and both ways score if they are
 right. A model that learned from both and cannot do two operations in its head is right far more often when it works: what a
-verifiable reward can bring out without teaching anything new. Entry points: `items`, `stream`, `prompt`, `response`, `answer`, `worked`, `score`, `sound`.
+verifiable reward can bring out without teaching anything new. Entry points: `items`, `stream`, `prompt`, `response`, `answer`, `worked`,
+`score`, `sound`.
 """
 
 from __future__ import annotations
