@@ -217,7 +217,7 @@ for method in methods:
 # | LENS-like | of prompts that mostly fail: answers without the prompt tokens that RL has moved most; right ones replace wrong ones, behind the whole prompt | wrong answers to the shorter prompt |
 # | R3L-like | of failed attempts: the same again from the first wrong block on, with editing | everything before that block, in both |
 #
-# Only the abstract of STP (arXiv 2602.08905) is public; constants of LENS (arXiv 2601.21244) are unverified; R3L (arXiv 2601.03715) reflects in words before it tries again, which these models do not. All three were published for other models and are small here: read them as tests of an idea. Forwards are held equal on average, and CPU-seconds are shown: small batches cost more of them.
+# Only the abstract of STP (arXiv 2602.08905) is public; constants of LENS (arXiv 2601.21244) are unverified; R3L (arXiv 2601.03715) reflects in words before it tries again, which these models do not. All three were published for other models and are small here: read them as tests of an idea. None may spend more forwards than its plain half twice, the price of plain rollouts on average; some spend less, and small batches cost more CPU-seconds a forward: both are in the tables.
 
 # %%
 BASE = "wd1"
