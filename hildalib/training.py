@@ -322,6 +322,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
                                                       "causal_context": recipe.causal_context, "stage": recipe.stage} | (
         {"causal_blocks": True} if recipe.tail_slack else {})
     history = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    history = history[sorted(history.columns)]  # as a checkpoint gives its log back: a resumed run's is the same
     whole = _whole(model) if trainer.is_fsdp_enabled else model
     if trainer.is_world_process_zero():
         publish(whole, tokenizer, history, folder)

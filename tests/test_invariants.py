@@ -2,6 +2,7 @@
 
 import functools
 
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -281,7 +282,7 @@ def test_6_prompt_tokens_never_change():
 # 7 and 8 -----------------------------------------------------------------------------------------------------------------
 
 def test_7_interrupted_training_resumes_to_the_same_bytes(tmp_path):
-    """A subprocess is killed with SIGKILL in the middle; the rerun gives the weights of an undisturbed run, bit for bit."""
+    """A subprocess is killed with SIGKILL in the middle; the rerun gives the weights and the log of an undisturbed run, bit for bit."""
     import os
     import subprocess
     import sys
@@ -308,6 +309,8 @@ def test_7_interrupted_training_resumes_to_the_same_bytes(tmp_path):
     for folder in (cut, whole):
         subprocess.run(command(folder), env=environment, check=True, capture_output=True)
     assert torch.equal(torch.load(str(cut) + ".pt", weights_only=True), torch.load(str(whole) + ".pt", weights_only=True))
+    log, undisturbed = (pd.read_csv(folder / "log.csv").drop(columns=["clean_tokens_per_s", "peak_memory_gb"]) for folder in (cut, whole))
+    assert log.to_csv() == undisturbed.to_csv()
 
 
 def test_8_same_seed_same_bytes_another_seed_other_bytes(tmp_path):

@@ -182,7 +182,7 @@ def test_evaluation_scores_a_batch_at_once_where_the_task_can(monkeypatch):
             return [f"text {n}" for n in range(len(ids))]
 
     def decoder(model, ids, real):
-        return SimpleNamespace(ids=ids, forwards=torch.ones(len(ids)), positions_fed=torch.ones(len(ids)))
+        return SimpleNamespace(ids=ids, forwards=torch.ones(len(ids)), positions_fed=torch.ones(len(ids)), kv_bytes=None)
 
     monkeypatch.setattr(evaluate, "eos_ids", lambda model: [0])
     frame = evaluate.run(SimpleNamespace(device="cpu"), Tokenizer(), task, decoder, batch_size=2)
