@@ -74,9 +74,9 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, paths, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, params, paths, stages, tasks
 from hildalib.decoding import EditSettings
-from hildalib.recipe import Recipe, arm
+from hildalib.recipe import arm
 from hildalib.residual import Residual, Smoothing
 from hildalib.training import train
 from hildalib.wsd import BlockSchedule
@@ -107,16 +107,9 @@ reference, tokenizer = load("03_sft", "dLLM")
 record = reference.config.hilda
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed,
                            vocab_size=reference.get_input_embeddings().num_embeddings)
-noise = dict(weighting=weighting, low=low, high=high, full_share=full_share,
-             suffix_share=suffix_share, complementary=complementary,
-             edit_rate=edit_rate, draft_share=draft_share, draft_turns=draft_turns)
-loss = dict(edit_weight=edit_weight, keep_weight=keep_weight, kl_weight=kl_weight, kl_top_k=kl_top_k,
-            context_weight=context_weight, **{key: record[key] for key in ("label_shift", "causal_context")})
-optimisation = dict(batch_size=batch_size, accumulate=accumulate, lr=lr, optimizer=optimizer,
-                    precision=precision, gradient_checkpointing=gradient_checkpointing, save_every=save_every)
-recipe = Recipe(schedule=BlockSchedule(stable=(record["block_size"], steps)), ar_share=ar_share,
-                residual_share=residual_share, stage="residual", seed=seed + 1_000,  # rows in a new order
-                **noise, **loss, **optimisation)
+kept = {key: record[key] for key in ("label_shift", "causal_context")}
+recipe = stages.recipe_of(params.of(NOTEBOOK, globals()), BlockSchedule(stable=(record["block_size"], steps)),
+                          "residual", seed=seed + 1_000, **kept)  # rows in a new order
 teacher = load("02_wsd", "AR twin")[0] if kl_weight else None
 logs = []
 for name in arms:

@@ -18,22 +18,19 @@ from hildalib import HildaError, backbones, evaluate, objective, paths, tasks  #
 from hildalib.decoding import ar_decode, edit_decode, settings_for  # noqa: E402
 from hildalib.harness import HildaLM  # noqa: E402
 
-GENERATION = """task: tiny_generation
-dataset_path: json
+LOCAL = """dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
-output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
+"""
+GENERATION = LOCAL + """task: tiny_generation
+output_type: generate_until
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: [], max_gen_toks: 12}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
-CHOICE = """task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
+CHOICE = LOCAL + """task: tiny_choice
 output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}"
 doc_to_choice: ["12", "7+1"]
 doc_to_target: label
 target_delimiter: ""

@@ -9,9 +9,9 @@ import reference_rules
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from test_rules import COMMITS, REVISIONS
+from test_rules import COMMITS, REVISIONS, compare_with_uncached
 from test_training import batch_of, trainer_of
-from tiny import EOS, FIRST, MASK, as_rows, text, tiny, weights
+from tiny import EOS, FIRST, MASK, as_rows, padded, text, tiny, weights
 
 from hildalib import HildaError, backbones
 from hildalib.decoding import EditSettings, edit_decode
@@ -90,11 +90,6 @@ def models():
             for seed in range(2) for shift in (True, False) for causal in (True, False) for size in (4, 8)}
 
 
-def padded(prompts):
-    width = max(map(len, prompts))
-    return (torch.stack([F.pad(p, (width - len(p), 0), value=EOS) for p in prompts]), torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]))
-
-
 @pytest.mark.parametrize("pair", SOME, ids="-".join)
 def test_4_weight_0_gives_the_tokens_and_costs_of_no_residual(models, pair):
     number = PAIRS.index(pair)
@@ -108,27 +103,10 @@ def test_4_weight_0_gives_the_tokens_and_costs_of_no_residual(models, pair):
         assert torch.equal(getattr(plain, name), getattr(carried, name)), name
 
 
-def compare_with_uncached(models, pair, residual, seed, shift, causal, size, post, numbers, lengths, **changes):
-    model, generator = models[seed, shift, causal, size], torch.Generator().manual_seed(numbers)
-    settings = EditSettings(tau_edit=0.2, commit=COMMITS[pair[0]], revise=REVISIONS[pair[1]], max_post_steps=post, max_new_tokens=11, residual=residual, **changes)
-    prompts = [torch.randint(FIRST, 15, (n,), generator=generator) for n in lengths]
-    drawn = pair[1].startswith("remdm")  # a batch shares its stream of random numbers, so rows are only comparable alone
-    alone = []
-    for prompt in prompts[:1] if drawn else prompts:
-        expected, forwards = reference_rules.decode(model, prompt, settings, torch.Generator().manual_seed(numbers) if drawn else None)
-        alone.append(out := edit_decode(model, prompt[None], settings, generator=torch.Generator().manual_seed(numbers)))
-        assert out.ids[0, :len(expected)].tolist() == expected and (out.ids[0, len(expected):] == EOS).all() and out.forwards[0] == forwards
-    if not drawn:
-        ids, real = padded(prompts)
-        together = edit_decode(model, ids, settings, attention_mask=real)
-        for name in ("ids", "forwards", "positions_fed"):
-            assert torch.equal(getattr(together, name), torch.cat([getattr(out, name) for out in alone])), name
-
-
 @pytest.mark.parametrize("pair", SOME, ids="-".join)
 def test_4_cached_equals_uncached_with_a_residual_and_every_rule(models, pair):
     number = PAIRS.index(pair)
-    compare_with_uncached(models, pair, CARRIED[number % len(CARRIED)], number % 2, number % 3 > 0, number % 5 > 2, (4, 8)[number // 2 % 2], 3, number, (3, 9))
+    compare_with_uncached(models, pair, number % 2, number % 3 > 0, number % 5 > 2, (4, 8)[number // 2 % 2], 3, number, (3, 9), residual=CARRIED[number % len(CARRIED)])
 
 
 @hypothesis_settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])

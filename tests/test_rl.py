@@ -20,6 +20,7 @@ from hildalib import HildaError, attention, rl, tasks
 from hildalib.attention import TILED
 from hildalib.decoding import EditSettings, commit
 from hildalib.rl import METHODS, RLRecipe, likelihood, objectives, trainer
+from hildalib.rl.gradient import policy_gradient, scored
 from hildalib.rl.rollout import graded, sample, score
 
 OBJECTIVES = {"wd1": objectives.wd1, "espo": objectives.espo, "ebpo": objectives.ebpo, "diffu_grpo": partial(objectives.diffu_grpo, beta=0.0),
@@ -163,9 +164,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(method):
         rollout = sample(model, ids, settings, attention_mask=real, generator=torch.Generator().manual_seed(0))
         rewards = score(rollout.ids, tokenizer, run.task, items)
         batch = run._batch(rollout, items, rewards, torch.arange(3).repeat_interleave(4), 0)
-        batch = replace(batch, reference=None if run.reference is None else trainer._scored(run.reference, batch.states, micro))
+        batch = replace(batch, reference=None if run.reference is None else scored(run.reference, batch.states, micro))
         model.zero_grad()
-        trainer.policy_gradient(model, batch.states, partial(batch.loss, run.method.objective), micro)
+        policy_gradient(model, batch.states, partial(batch.loss, run.method.objective), micro)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*found, atol=1e-5 * found[0].abs().max()) and found[0].abs().max() > 0
 
@@ -176,7 +177,7 @@ def test_a_policy_scored_twice_under_the_same_states_has_ratio_1_with_any_micro_
     states = likelihood.elbo_states(rollout, 2, "balanced", torch.Generator().manual_seed(0))
     logp, weight = likelihood.token_logp(model, states)[0].flatten(1), states.weight.flatten(1)
     for micro in (2, 6):
-        old = trainer._scored(model, states, micro).flatten(1)
+        old = scored(model, states, micro).flatten(1)
         _, statistics = objectives.espo(logp, old, REWARDS, GROUPS, weight, rollout.scored.sum(1))
         assert abs(statistics["ratio_min"] - 1) < 1e-6 and abs(statistics["ratio_max"] - 1) < 1e-6
 
@@ -227,7 +228,7 @@ def estimated(method, model, tokenizer, settings, rows=6000):
     model.set_attn_implementation(TILED)
     run = trainer._Run(model, tokenizer, task_of(worth), [{"prompt": "01"}], RLRecipe(method, prompts=1, group=rows, micro_batch=rows), settings, False)
     batch = run._batch(*run.roll(), 0)
-    trainer.policy_gradient(model, batch.states, partial(batch.loss, run.method.objective), rows)
+    policy_gradient(model, batch.states, partial(batch.loss, run.method.objective), rows)
     model.set_attn_implementation("sdpa")
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -381,7 +382,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     model, tokenizer = tiny(1)
     states = likelihood.mean_field(sample(model, torch.tensor([[5, 6]]), SETTINGS))
     with pytest.raises(HildaError, match="loss is nan: lower lr"):
-        trainer.policy_gradient(model, states, lambda logp: (logp.sum() * torch.nan, {}), 4)
+        policy_gradient(model, states, lambda logp: (logp.sum() * torch.nan, {}), 4)
 
 
 # ---- hostile completions ----------------------------------------------------------------------------------------------------------

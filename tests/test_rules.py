@@ -11,7 +11,7 @@ import reference_rules
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
-from tiny import EOS, FIRST, MASK, tiny
+from tiny import EOS, FIRST, MASK, padded, tiny
 from transformers.modeling_outputs import CausalLMOutput
 
 from hildalib import HildaError, nano
@@ -109,9 +109,8 @@ def compare_with_uncached(models, pair, seed, shift, causal, size, post, numbers
         alone.append(out := edit_decode(model, prompt[None], settings, generator=torch.Generator().manual_seed(numbers)))
         assert out.ids[0, :len(expected)].tolist() == expected and (out.ids[0, len(expected):] == EOS).all() and out.forwards[0] == forwards
     if not drawn:
-        width = max(map(len, prompts))
-        batch = torch.stack([F.pad(p, (width - len(p), 0), value=EOS) for p in prompts])
-        together = edit_decode(model, batch, settings, attention_mask=torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]))
+        ids, real = padded(prompts)
+        together = edit_decode(model, ids, settings, attention_mask=real)
         for name in ("ids", "forwards", "positions_fed"):
             assert torch.equal(getattr(together, name), torch.cat([getattr(out, name) for out in alone])), name
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from reference_rules import shadow_logits
-from tiny import EOS, FIRST, MASK, tiny
+from tiny import EOS, FIRST, MASK, padded, tiny
 
 from hildalib import HildaError
 from hildalib.decoding import Beams, EditSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, vote
@@ -25,12 +25,6 @@ def endless(seed=0, **options):
     model, _ = tiny(seed, **options)
     model.config.eos_token_id = None
     return model
-
-
-def padded(prompts):
-    width = max(map(len, prompts))
-    return (torch.stack([F.pad(p, (width - len(p), 0), value=EOS) for p in prompts]),
-            torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]))
 
 
 def noise(seed=0):

@@ -1,6 +1,7 @@
 """Small random models and rows shared by the tests. Entry points: `tiny`, `text`, `as_rows`, `SPECIALS`."""
 
 import torch
+import torch.nn.functional as F
 
 from hildalib import nano
 
@@ -33,3 +34,10 @@ def as_rows(ids, docs=None, maskable=None):
 
 def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def padded(prompts):
+    """Prompts (each (P,) long) as a left-padded batch: ids (B, P) and which of them are real."""
+    width = max(map(len, prompts))
+    return (torch.stack([F.pad(p, (width - len(p), 0), value=EOS) for p in prompts]),
+            torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]))

@@ -2,12 +2,10 @@
 
 Entry points: `edit_decode`, `EditSettings`, `Compression`, `PRESETS`, `Decoded`, `ar_decode`, `generate_decode`, `self_speculate`, `order_token_search`, `explore`,
 `vote`, `SearchSettings`, `Beams`, `pipeline_decode`, `PipelineSettings`, `routed_decode`, `RoutedSettings`,
-`refreshed_decode`, `RefreshedSettings`, `staleness`, `Trace`, `generate_text`.
+`refreshed_decode`, `RefreshedSettings`, `staleness`, `Trace`.
 """
 
 from dataclasses import replace
-
-import torch
 
 from hildalib import HildaError
 from hildalib.decoding import commit, revise
@@ -23,8 +21,9 @@ from hildalib.decoding.settings import PRESETS, EditSettings
 from hildalib.decoding.speculation import self_speculate
 from hildalib.decoding.trace import Trace
 
-__all__ = ["PRESETS", "Beams", "Compression", "Decoded", "EditSettings", "PipelineSettings", "RefreshedSettings", "RoutedSettings", "SearchSettings", "Trace", "ar_decode", "commit", "edit_decode", "explore", "generate_decode", "generate_text",
-           "order_token_search", "pipeline_decode", "refreshed_decode", "revise", "routed_decode", "self_speculate", "settings_for", "staleness", "vote"]
+__all__ = ["PRESETS", "Beams", "Compression", "Decoded", "EditSettings", "PipelineSettings", "RefreshedSettings", "RoutedSettings", "SearchSettings", "Trace",
+           "ar_decode", "commit", "edit_decode", "explore", "generate_decode", "order_token_search", "pipeline_decode", "refreshed_decode", "revise",
+           "routed_decode", "self_speculate", "settings_for", "staleness", "vote"]
 
 
 def settings_for(mode: str, tau_mask: float | None = None, tau_edit: float | None = None, presets: dict | None = None, **changes) -> EditSettings:
@@ -39,16 +38,3 @@ def settings_for(mode: str, tau_mask: float | None = None, tau_edit: float | Non
             raise HildaError(f"{name} = {value} is outside [0, 1]; thresholds are probabilities")
         changes[name] = value
     return replace(presets[mode], **changes)
-
-
-def generate_text(prompt: str, *, model, mode: str, tau_mask, tau_edit, max_new_tokens: int, seed: int) -> str:
-    """The work behind `hildalib.generate`."""
-    from hildalib import backbones
-
-    settings = settings_for(mode, tau_mask, tau_edit, max_new_tokens=max_new_tokens)
-    model, tokenizer = model if isinstance(model, tuple) else backbones.load(model)
-    if not model.config.hilda["block_size"]:
-        raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of its `model`")
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-    decoded = edit_decode(model, ids, settings, generator=torch.Generator().manual_seed(seed))
-    return tokenizer.decode(decoded.ids[0], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hildalib import footprint
 from hildalib.attention import TILED
 from hildalib.decoding import EditSettings
-from hildalib.rl import trainer
+from hildalib.rl import gradient, trainer
 
 NOTHING = {"noise": float("nan"), "mask_noise": float("nan")}
 
@@ -38,15 +38,15 @@ def gradient_noise(model, tokenizer, task, pool: list[dict], recipe: trainer.RLR
     return found | {"learn_mb": most / 1e6 if pairs else float("nan")}
 
 
-def _gradient(run, batch: trainer.Batch) -> Tensor:
+def _gradient(run, batch: gradient.Batch) -> Tensor:
     """(parameters,) gradient of one batch, its reference the present weights: there a KL penalty has none."""
     run.optimizer.zero_grad()
-    reference = None if run.reference is None else trainer._scored(run.reference, batch.states, run.recipe.micro_batch)
+    reference = None if run.reference is None else gradient.scored(run.reference, batch.states, run.recipe.micro_batch)
     batch = replace(batch, reference=reference)
-    trainer.policy_gradient(run.model, batch.states, partial(batch.loss, run.method.objective), run.recipe.micro_batch)
-    gradient = torch.cat([p.grad.flatten() for p in run.trained.values()])
+    gradient.policy_gradient(run.model, batch.states, partial(batch.loss, run.method.objective), run.recipe.micro_batch)
+    flat = torch.cat([p.grad.flatten() for p in run.trained.values()])
     run.optimizer.zero_grad()
-    return gradient
+    return flat
 
 
 def noise_of(gradients: Tensor) -> dict:
