@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 
 from hildalib import HildaError, devices, nano, params
 from hildalib.footprint import Step, simulate
-from hildalib.params import nearest
 from hildalib.progress import duration
 from hildalib.recipe import Recipe, arm
 from hildalib.stages import recipe_of, schedule_of
+from hildalib.values import nearest
 from hildalib.wsd import BlockSchedule
 
 UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}

@@ -13,11 +13,11 @@ import pytest
 
 from hildalib import HildaError, artefacts, book, execution, params, paths, progress, stamps
 from hildalib.execution import Kernel, compact
-from hildalib.params import field
+from hildalib.records import Common, field
 
 
 @params.dataclasses.dataclass(frozen=True, kw_only=True)
-class Record(params.Common):
+class Record(Common):
     steps: int = field(1, "steps", low=1)
 
 

@@ -4,11 +4,11 @@ import nbformat
 import pytest
 
 from hildalib import HildaError, params
-from hildalib.params import Pairs, field
+from hildalib.records import Common, Pairs, field
 
 
 @params.dataclasses.dataclass(frozen=True, kw_only=True)
-class Record(params.Common):
+class Record(Common):
     lr: float = field(1e-3, "peak learning rate", low=0)
     tau_edit: float = field(0.9, "confidence needed to edit", low=0, high=1)
     steps: int = field(10, "optimiser steps", low=1)
