@@ -17,16 +17,18 @@ class HildaError(Exception):
     """An error a user can act on: its message names the file or key at fault and the remedy."""
 
 
-def generate(prompt: str, model="smollm2-135m", mode: str = "Q", tau_mask: float | None = None,
-             tau_edit: float | None = None, max_new_tokens: int = 128, seed: int = 0) -> str:
+def generate(prompt: str, model="smollm2-135m-dllm", mode: str = "Q", tau_mask: float | None = None,
+             tau_edit: float | None = None, max_new_tokens: int = 128, seed: int = 0, chat: bool = False) -> str:
     """Text that the editable dLLM `model` writes after `prompt`.
 
-    model: folder, hub id or registered name, or an already loaded `(model, tokenizer)` pair. mode: "S" (fast) or
+    model: folder, hub id or registered name (the default comes with HILDA, but for its base, which is fetched once), or an already loaded
+    `(model, tokenizer)` pair. chat: the prompt is a user's turn of the model's chat template. mode: "S" (fast) or
     "Q" (quality), presets of LLaDA2.1's model cards; tau_mask and tau_edit in [0, 1] override the preset.
     Raises HildaError on an unknown mode, a threshold out of range, a prompt longer than the context, or a model
     that is not a dLLM.
     """
-    from hildalib.decoding import generate_text
+    from hildalib.engine import Choices, open_engine
 
-    return generate_text(prompt, model=model, mode=mode, tau_mask=tau_mask, tau_edit=tau_edit,
-                         max_new_tokens=max_new_tokens, seed=seed)
+    Choices(mode, tau_mask, tau_edit, max_new_tokens).settings()  # refuses what makes no sense before a model is loaded
+    engine = open_engine(model)
+    return engine.generate(engine.turn(prompt) if chat else prompt, mode, tau_mask, tau_edit, max_new_tokens, seed)

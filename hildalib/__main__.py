@@ -23,7 +23,7 @@ An interrupted run continues when the same command is given again.
 """
 TRAIN_EXAMPLES = """examples:
   accelerate launch --num_processes 2 -m hildalib train 02_wsd --profile smol          two GPUs (DDP)
-  accelerate launch --cpu --num_processes 2 -m hildalib train 02_wsd --profile nano    two processes on a CPU
+  torchrun --nproc_per_node 2 -m hildalib train 02_wsd --profile nano                  two processes on a CPU
   accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
       -m hildalib train 02_wsd --profile qwen3-0.6b                                    four GPUs, weights sharded over them
   hilda train 02_wsd --profile smol --arm dLLM                                         one process, one arm
@@ -53,7 +53,7 @@ EXAMPLES = """examples:
   hilda status                              what is up to date, what is stale and why
   hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB     what a training step needs, before it is started
   hilda tokenise dolma:FOLDER --model smollm2-135m --out FOLDER --jobs 8    a large corpus, once
-  hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode Q
+  hilda generate "Once upon a time"         SmolLM2-135M as a dLLM; its base is downloaded once (98 MB)
   hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
   hilda export outputs/nano/03_sft/checkpoints/dLLM/model --to gguf
 
@@ -61,7 +61,9 @@ EXAMPLES = """examples:
 """
 
 
-GENERATE_EXAMPLE = """example:
+GENERATE_EXAMPLE = """examples:
+  hilda generate "Once upon a time, a little fox" --mode S
+  hilda generate "What is 17 + 25?" --chat
   hilda run --profile nano                  makes the model of the next line (minutes)
   hilda generate "12+34=" --model outputs/nano/03_sft/checkpoints/dLLM/model --mode S --tau-mask 0.7 --max-new-tokens 32
 
@@ -85,6 +87,7 @@ EXPORT_EXAMPLES = """examples:
   hilda export my-model --to onnx                          a graph that takes the attention mask, so AR and diffusion
   hilda export my-model --to int8                          eight-bit weights (bitsandbytes), plain Transformers
   hilda export adapter-folder --to merged                  LoRA adapters of a quantised base, added to its weights
+  hilda export adapter-folder --to adapter                 LoRA on noisy rows in bfloat16, beside a base that has a name
 
 Every export is read back and its logits are compared with the source's; one that computes something else is not kept.
 onnx needs the extra `export`: python -m pip install -c constraints.txt -e ".[export]"
@@ -169,7 +172,8 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "let an editable diffusion model continue a prompt",
                        epilog=GENERATE_EXAMPLE)
     generate.add_argument("prompt", help="text to continue")
-    generate.add_argument("--model", default="smollm2-135m", help="folder, hub id or registered name (default: %(default)s)")
+    generate.add_argument("--model", default="smollm2-135m-dllm", help="folder, hub id or registered name (default: %(default)s, which comes with HILDA)")
+    generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn of the model's chat template")
     generate.add_argument("--mode", choices=("S", "Q"), default="Q", help="S: speed, Q: quality (default: Q)")
     generate.add_argument("--tau-mask", type=_threshold, metavar="T", help="confidence in [0, 1] needed to fill a mask (default: of the mode)")
     generate.add_argument("--tau-edit", type=_threshold, metavar="T", help="confidence in [0, 1] needed to change a token (default: of the mode)")
@@ -192,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
 
     export = command("export", _export, "write a model for other programs, read it back and compare", epilog=EXPORT_EXAMPLES)
     export.add_argument("model", metavar="MODEL", help="folder, hub id or registered name")
-    export.add_argument("--to", required=True, choices=("hf", "gguf", "onnx", "merged", "int8"), help="form")
+    export.add_argument("--to", required=True, choices=("hf", "gguf", "onnx", "merged", "int8", "adapter"), help="form")
     export.add_argument("--out", metavar="FOLDER", help="where to (default: MODEL-FORM beside the model)")
     export.add_argument("--license", default=None, help="licence of the weights for the model card (default: that of the parent, to be looked up)")
 
@@ -244,8 +248,9 @@ def _status(options) -> int:
 def _generate(options) -> int:
     from hildalib.engine import open_engine
 
-    print(open_engine(options.model, options.engine).generate(options.prompt, options.mode, options.tau_mask, options.tau_edit,
-                                                              options.max_new_tokens, options.seed))
+    engine = open_engine(options.model, options.engine)
+    prompt = engine.turn(options.prompt) if options.chat else options.prompt
+    print(engine.generate(prompt, options.mode, options.tau_mask, options.tau_edit, options.max_new_tokens, options.seed))
     return 0
 
 

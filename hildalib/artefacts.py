@@ -48,9 +48,10 @@ def load_rows(profile: str, notebook: str, name: str, seed: int = 0, *, vocab_si
     return rows
 
 
-def model_folder(profile: str, notebook: str, arm: str, seed: int = 0) -> Path:
-    """Folder of a model that a notebook trained."""
-    return _need(paths.checkpoint_dir(profile, notebook, seed, create=False) / arm / "model", profile, notebook)
+def model_folder(profile: str, notebook: str, arm: str, seed: int = 0, *, otherwise: str | None = None) -> Path | str:
+    """Folder of a model that a notebook trained. otherwise: the name to give where it is not there; None: a HildaError."""
+    folder = paths.checkpoint_dir(profile, notebook, seed, create=False) / arm / "model"
+    return otherwise if otherwise and not folder.exists() else _need(folder, profile, notebook)
 
 
 def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, model=None) -> None:

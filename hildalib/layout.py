@@ -22,8 +22,10 @@ CHECK_RATES = (0.15, 0.5, 1.0)  # validation mask rates: near the end, in the mi
 
 
 @contextlib.contextmanager
-def selected_rows(model, index: Tensor, score: Callable | None = None, chunk: int = 0):
+def selected_rows(model, index: Tensor, score: Callable | None = None, chunk: int = 0, read: tuple[Tensor, Tensor] | None = None):
     """Within, the LM head sees only the rows `index` (n,) of the flattened (B * Q) hidden states: logits are (1, n, V).
+
+    read: (hidden (m, D) of other rows, where (n + m,) bool they go among those of `index`).
 
     The head and its softmax are a third of the cost at 49k tokens of vocabulary; rows without loss need neither. A hook,
     because DDP, FSDP and PEFT only work when the whole model's forward is called. chunk > 0: the model gives score(logits) of its rows
@@ -31,9 +33,16 @@ def selected_rows(model, index: Tensor, score: Callable | None = None, chunk: in
     """
     plain = getattr(model, "module", model)
     head = plain.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[index][None],))
+
+    def select(_, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0].flatten(0, 1)[index]
+        if read is not None:
+            hidden = hidden.new_empty(len(read[1]), hidden.shape[1]).masked_scatter(read[1][:, None], read[0].to(hidden)).masked_scatter(~read[1][:, None], hidden)
+        return (hidden[None],)
+
+    handle = head.register_forward_pre_hook(select)
     if chunk:
-        whole, mask_id = head.forward, plain.config.hilda["mask_token_id"]
+        whole, mask_id = getattr(head, "product", head.forward), plain.config.hilda["mask_token_id"]
         head.forward = lambda hidden: in_chunks(head, lambda rows: _barred(whole(rows), mask_id), score, chunk, hidden[0])[None]
     try:
         yield
@@ -81,9 +90,9 @@ def in_chunks(head, logits_of: Callable, score: Callable, chunk: int, hidden: Te
     """score(logits_of(hidden (n, D)) (n, V), rows) -> (n, ...), `chunk` rows at a time in the forward and again in the backward.
 
     At a vocabulary of 151,936 the logits of 1,024 rows and their gradient are 1.2 GB, those of 128 rows 160 MB; the price is that the head's
-    product is made twice. `head` owns the weights that logits_of uses.
+    product is made twice. `head` owns the weights that logits_of uses; under `tables.in_place` their gradient is summed elsewhere.
     """
-    return _InChunks.apply(logits_of, score, chunk, hidden, *head.parameters())
+    return _InChunks.apply(logits_of, score, chunk, hidden, *(() if hasattr(head, "product") else head.parameters()))
 
 
 @dataclass
@@ -168,13 +177,10 @@ def target_logits(model, layout: Layout, targets: Tensor, inputs_embeds: Tensor 
     run = rows if end is None else (rows // width * end + at)[at < end]
     tiles = layout.tiles if end is None or layout.tiles is None else [tile for tile in layout.tiles if tile[0].start < end]
     source = {"input_ids": layout.ids[:, :end]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[:, :end]}
-    with selected_rows(model, run), noisy_rows(model, layout.noisy if end is None else True):
+    read = None if end is None else (reading.hidden[(rows // width)[at >= end], at[at >= end] - end], at >= end)
+    with selected_rows(model, run, read=read), noisy_rows(model, layout.noisy if end is None else True):
         logits = model(**source, attention_mask=layout.mask[:, :, :end], position_ids=layout.positions[:, :end], use_cache=False, tiles=tiles,
                        past_key_values=reading).logits[0].float()
-    if end is not None:
-        fresh = logits
-        logits = fresh.new_empty(len(rows), fresh.shape[1])
-        logits[at < end], logits[at >= end] = fresh, clean_logits(model, reading, (rows // width)[at >= end], at[at >= end] - end)
     plain = getattr(model, "module", model)
     logits[:, plain.config.hilda["mask_token_id"]] = -torch.inf
     return logits

@@ -113,7 +113,11 @@ def parent_kl(logits: Tensor, teacher_logp: Tensor, teacher_ids: Tensor) -> Tens
     otherwise a lower bound (merging outcomes loses information). OPDLM's top-k form has no tail bucket; with it the
     student cannot lower the loss by leaking mass into the tail.
     """
-    student = logits.float().log_softmax(-1).gather(1, teacher_ids)
+    return top_k_kl(logits.float().log_softmax(-1).gather(1, teacher_ids), teacher_logp)
+
+
+def top_k_kl(student: Tensor, teacher_logp: Tensor) -> Tensor:
+    """`parent_kl` of the student's log probabilities (N, k) at the teacher's tokens."""
     p = teacher_logp.exp()
     inside = (p * (teacher_logp - student).masked_fill(p == 0, 0.0)).sum(-1)  # a barred [MASK] is impossible under both
     floor = torch.finfo(torch.float32).eps  # a tail below one ulp is no tail; keeps log finite at k = V

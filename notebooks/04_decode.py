@@ -19,7 +19,7 @@
 #
 # **Question.** What do the two thresholds do: how sure must the model be to write a token (tau_mask), and to change its mind about one (tau_edit)?
 #
-# **Needs.** [03 · SFT](03_sft.ipynb) with the same `profile` and `seed`.
+# **Needs.** [03 · SFT](03_sft.ipynb) with the same `profile` and `seed`; where it has not run, SmolLM2-135M as HILDA hands it out is decoded.
 #
 # **Time.** Smoke: about 25 seconds. Profile nano: a minute.
 #
@@ -56,11 +56,14 @@ from hildalib.decoding import PRESETS, EditSettings, edit_decode
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "04_decode"
-model, tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", arm, seed), dtype="float32")
+HANDED_OUT = "smollm2-135m-dllm"  # comes with HILDA, but for its base, which is downloaded once (98 MB)
+source = artefacts.model_folder(profile, "03_sft", arm, seed, otherwise=HANDED_OUT)
+model, tokenizer = backbones.load(source, dtype="float32")
+who, chat = (HANDED_OUT, True) if source == HANDED_OUT else (f"{arm} of profile {profile}", chat)
 benchmark = tasks.load(task)
 referee = backbones.load(judge, dtype="float32") if judge else None
 measure = "likelihood of a token" if judge else "accuracy"
-print(f"block size {model.config.hilda['block_size']}, label shift {model.config.hilda['label_shift']}")
+print(f"{who}: block size {model.config.hilda['block_size']}, label shift {model.config.hilda['label_shift']}")
 
 # %% [markdown]
 # ## One decode, step by step
@@ -85,7 +88,7 @@ def decode(prompt: str, tau_mask: float, tau_edit: float):
 pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
 fast = decode(texts[0], PRESETS["S"].tau_mask, PRESETS["S"].tau_edit)
 last = figures.cells(fast, len(fast.ids) - 1, pieces)
-origin = {"model": f"{arm} of profile {profile}", "task": task, "seed": seed, "device": str(model.device)}
+origin = {"model": who, "task": task, "seed": seed, "device": str(model.device)}
 figures.save(figures.filmstrip(fast, pieces), "04_filmstrip", last, profile=profile, seed=seed, provenance=origin)
 plt.show()
 

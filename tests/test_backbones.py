@@ -410,7 +410,7 @@ def test_lora_trains_adapters_and_the_mask_row_only_and_saves_merged(tmp_path, t
     backbones.save(model, tokenizer, tmp_path / "merged")
     merged, _ = backbones.load(tmp_path / "merged", **CPU)
     assert type(merged) is type(original)
-    torch.testing.assert_close(logits(merged, letters()), logits(model, letters()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged, letters())[..., :-1], logits(model, letters())[..., :-1], atol=1e-4, rtol=1e-4)  # [MASK]'s is never read
     table, start = merged.get_input_embeddings().weight, base.get_input_embeddings().weight
     assert torch.equal(table[:-1], start[:-1]) and not torch.equal(table[-1], start[-1])
     assert sum("lora_" in name for name, p in model.named_parameters() if p.requires_grad) > 0  # a copy was merged: training can go on

@@ -1,5 +1,6 @@
 """Large vocabularies and small cards: logits in chunks, layers run twice, 8-bit states and 4-bit weights give what the plain step gives."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from test_training import IDS
 from tiny import as_rows, text, tiny, weights
 
-from hildalib import backbones, training
+from hildalib import backbones, tables, training
 from hildalib.gated import checkpointing, gate
 from hildalib.layout import Layout, target_scores, validate
 from hildalib.recipe import NoisedRows, Recipe, collate
@@ -19,14 +20,15 @@ FULL = Recipe(BlockSchedule(stable=(4, 3)), batch_size=4, lr=1e-2, warmup_steps=
               kl_weight=0.5, kl_top_k=5, cap_weight=0.3, causal_context=True, context_weight=0.5)
 
 
-def gradients(model, recipe, folder, parent=None):
-    """Loss and gradients of the first micro-batch of a run."""
+def gradients(model, recipe, folder, parent=None, lean=True):
+    """Loss and gradients of the first micro-batch of a run; lean: summed where they lie, as in training in one process."""
     model.zero_grad()
     rows = NoisedRows(as_rows(*text(6, documents=True)), recipe, IDS)
     trainer = DiffusionTrainer(model=model, args=training._arguments(recipe, folder, model.device), train_dataset=rows, data_collator=collate, recipe=recipe,
                                hilda=model.config.hilda, parent=parent)
-    loss = trainer.compute_loss(model.train(), collate([rows[n] for n in range(4)]))
-    loss.backward()
+    with training.lean(model, recipe) if lean else contextlib.nullcontext():
+        loss = trainer.compute_loss(model.train(), collate([rows[n] for n in range(4)]))
+        loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -36,13 +38,38 @@ def same(found, expected):
         torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("change", [{"head_rows": 1}, {"head_rows": 7}, {"head_rows": 10_000}, {"gradient_checkpointing": True, "head_rows": 7}])
-def test_chunks_and_checkpoints_change_neither_loss_nor_gradient(tmp_path, change):
+def test_chunks_and_checkpoints_change_neither_loss_nor_gradient(tmp_path, change, lean):
     (model, _), (parent, _) = tiny(0, sharpen=2.0), tiny(1, sharpen=2.0)
     expected = gradients(model, FULL, tmp_path, parent)
     if "gradient_checkpointing" in change:
         model.gradient_checkpointing_enable(checkpointing(model))
-    same(gradients(model, replace(FULL, **change), tmp_path, parent), expected)
+    same(gradients(model, replace(FULL, **change), tmp_path, parent, lean), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_summed_where_they_lie_are_those_of_autograd(tied):
+    """Two micro-batches, with a padding row that does not learn from its embedding; afterwards the model is as it was."""
+    model, _ = tiny(sharpen=2.0)
+    if not tied:
+        model.config.tie_word_embeddings, model.lm_head.weight = False, torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (table.weight is head.weight) == tied and table.padding_idx == 0
+    found = []
+    for within in (contextlib.nullcontext(), tables.in_place(model)):
+        model.zero_grad()
+        with within:
+            for seed in range(2):
+                ids, docs = text(seed=seed)
+                ids[0, :3] = 0
+                targets = torch.ones(2, 1, 16, dtype=torch.bool)
+                layout = Layout.build(ids, ids[:, None], docs, 4, True)
+                target_scores(model, layout, targets, lambda logits, rows: logits[:, 5:].logsumexp(-1), 5).sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], msg=name)
+    assert "forward" not in table.__dict__ and not hasattr(head, "product")
 
 
 def test_no_more_rows_of_logits_live_at_once_than_asked_for(tmp_path):
@@ -51,7 +78,7 @@ def test_no_more_rows_of_logits_live_at_once_than_asked_for(tmp_path):
     recipe = replace(FULL, kl_weight=0.0, cap_weight=0.0, draft_share=0.0, head_rows=6)
     rows = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "linear", lambda x, w, *b: (rows.append(x.shape[-2]) if w is head.weight else None) or whole(x, w, *b))
+        patch.setattr(F, "linear", lambda x, w, *b: (rows.append(x.shape[-2]) if w.data_ptr() == head.weight.data_ptr() else None) or whole(x, w, *b))
         gradients(model, recipe, tmp_path)
     assert max(rows) == 6 and len(rows) > 8 and "forward" not in head.__dict__
 

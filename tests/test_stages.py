@@ -1,5 +1,8 @@
 """`hilda train`: arms from parameters alone, where the notebook finds them; parameters become the recipe field by field."""
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -38,6 +41,15 @@ def test_train_leaves_arms_that_the_notebook_finds_finished(data, monkeypatch, c
     (other,) = book.plan(book.Book(), ["02_wsd"], "smoke", overrides | {"lr": "0.5"})
     book.begin(other, other.inputs(), force=False)
     assert not (folder / "dLLM").exists()  # another recipe continues nothing
+
+
+def test_two_processes_of_a_launcher_on_a_cpu_share_the_arm(data):
+    """Each would begin a run of its own, and be refused by the other's lock, if they did not know of one another."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hildalib", "train", "02_wsd", "--profile",
+               "smoke", "--arm", "AR twin", "--set", "parent_steps=2", "--set", "warmup=[[1,1]]", "--set", "decay=[[8,1]]"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("next: hilda run") == 1 and (paths.checkpoint_dir("smoke", "02_wsd") / "AR twin" / "log.csv").is_file()
 
 
 def test_parameters_become_the_recipe_field_by_field():
