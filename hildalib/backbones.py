@@ -101,6 +101,9 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, quantiz
         options |= {"quantization_config": BitsAndBytesConfig(**QUANTIZE[quantize], **compute), "device_map": {"": device}}
     with _explained(files[0]), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack weights for a kernel in bfloat16, whatever dtype was asked for
     absent = sorted(info["missing_keys"])
     if absent:
         raise HildaError(f"the weights in {folder} lack {len(absent)} tensors that its config.json calls for (first: {absent[0]}); take "

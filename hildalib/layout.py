@@ -80,8 +80,8 @@ class _InChunks(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 part = hidden[rows].detach().requires_grad_()
                 out = score(logits_of(part), rows)
-            into_hidden[rows], *fresh = torch.autograd.grad(out, (part, *wanted), grad[rows])
-            into = [new if old is None else old.add_(new) for old, new in zip(into, fresh)]
+            into_hidden[rows], *fresh = torch.autograd.grad(out, (part, *wanted), grad[rows], allow_unused=True)  # a tied head's own [MASK] row is none
+            into = [old if new is None else new if old is None else old.add_(new) for old, new in zip(into, fresh)]
         found = iter(into)
         return None, None, None, into_hidden, *(next(found) if weight.requires_grad else None for weight in ctx.weights)
 

@@ -172,6 +172,15 @@ def test_gated_adapters_are_handed_out_in_half_the_size_beside_a_base_with_a_nam
         assert part in card, part
 
 
+def test_the_model_that_comes_with_hilda_is_small_and_names_its_base():
+    folder = backbones.fetch(weights.DLLM)
+    kept = json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))
+    assert kept["base"] == weights.INSTRUCT and kept["hilda"]["gated"] and kept["hilda"]["block_size"] == 4
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6 and {value.dtype for value in tensors.values()} == {torch.bfloat16}
+    assert sum("trainable_tokens" in name for name in tensors) == 1 and "apache-2.0" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(handed, tmp_path):
     file = tmp_path / "base" / "config.json"
     file.write_text(file.read_text().replace("wheel of a test", "hub of a test"))
