@@ -149,7 +149,7 @@ class DiffusionTrainer(Trainer):
 
         def score(logits: Tensor, rows: slice) -> Tensor:
             wanted = labels[rows, None] if told is None else torch.cat([labels[rows, None], teacher[1][rows]], 1)
-            picked = logits.log_softmax(-1).gather(1, wanted)  # once for label and parent: at 49k tokens each pass costs as much as ten layers
+            picked = logits.log_softmax(-1).gather(1, wanted)  # once for label and parent: 630 rows of 49k tokens take an eighth of a second a pass
             columns = [-picked[:, 0]]
             if told is not None:
                 columns.append(torch.where(told[rows], top_k_kl(picked[:, 1:], teacher[0][rows]), 0.0))

@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) with the same `profile`, `model` and `seed`.
 #
-# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes on two threads (six of them train the AR parent). Profile smol (SmolLM2-135M, 100 k tokens): 83 minutes on one thread without bfloat16.
+# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes on two threads (six of them train the AR parent). Profile smol (SmolLM2-135M, 1 M tokens): 87 minutes for the dLLM on two cores with bfloat16, in two processes of `hilda train`.
 #
 # **Outputs.** Parent, dLLM, AR twin and ablation arms under `outputs/<profile>/02_wsd/checkpoints`, `losses.csv`, `validation.csv`, three figures.
 
