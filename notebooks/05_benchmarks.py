@@ -43,11 +43,12 @@ chat = False
 import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, paths, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, intervals, paths, tasks
 from hildalib.decoding import EditSettings
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -62,7 +63,7 @@ tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
 # %% [markdown]
 # ## The table
 #
-# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
+# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. A dLLM with a causal context has a third way, *own text*: it drafts a block, reads it token by token and keeps what it would have written so (self-speculation; notebook 09). Where the parent is frozen and adapters draft for it, that is the parent's own greedy text. The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
 
 # %%
 def settings(tau_mask: float, tau_edit: float) -> EditSettings:
@@ -72,6 +73,9 @@ def settings(tau_mask: float, tau_edit: float) -> EditSettings:
 
 contestants = {f"dLLM {mode}": ("dLLM", evaluate.diffusion(settings(preset["tau_mask"], preset["tau_edit"])))
                for mode, preset in sorted(chosen["presets"].items())}
+record = models["dLLM"].config.hilda
+if record["causal_context"] and record["label_shift"]:
+    contestants["dLLM own text"] = ("dLLM", evaluate.speculative(max_new_tokens))
 contestants["AR twin"] = ("AR twin", evaluate.autoregressive(max_new_tokens))
 frames = []
 for task_name, (label, (name, decoder)) in itertools.product(task_names, contestants.items()):
@@ -89,19 +93,23 @@ columns = ["task", "arm", "accuracy", "low", "high", "tpf", "nfe", "positions_fe
 table[columns].round(3)
 
 # %% [markdown]
-# Texts have no right answer: they are measured by their likelihood under a fixed judge (nats per token, lower is more likely), by repetition and by diversity.
+# Texts have no right answer: they are measured by their likelihood under a fixed judge (nats per token, lower is more likely; and the likelihood of a token as a multiple of the twin's on the same prompts, with its 95 % interval), by repetition and by diversity.
 
 # %%
 open_tasks = [name for name in task_names if hasattr(tasks.load(name), "metrics")]
 if judge and open_tasks:
     referee, referee_tokenizer = backbones.load(judge, dtype="float32")
     rows = []
-    for (task_name, label), part in parts:
-        if task_name in open_tasks:
-            texts = part.text.tolist()
-            nats = evaluate.likelihood(referee, referee_tokenizer, part.prompt.tolist(), texts)
-            rows.append({"task": task_name, "arm": label, "judge_nats": pd.Series(nats).mean(),
-                         **tasks.load(task_name).metrics(texts)})
+    for task_name in open_tasks:
+        texts = {label: part for (name, label), part in parts if name == task_name}
+        nats = {label: np.array(evaluate.likelihood(referee, referee_tokenizer, part.prompt.tolist(), part.text.tolist()))
+                for label, part in texts.items()}
+        for label, part in texts.items():
+            gap = nats["AR twin"] - nats[label]
+            ratio = np.exp(intervals.mean_interval(gap[~np.isnan(gap)]))
+            rows.append({"task": task_name, "arm": label, "judge_nats": np.nanmean(nats[label]),
+                         **dict(zip(("of_twin", "of_twin_low", "of_twin_high"), ratio)),
+                         "tpf": part.tokens.sum() / part.forwards.sum(), **tasks.load(task_name).metrics(part.text.tolist())})
     judged = pd.DataFrame(rows)
     judged.to_csv(output / "judge.csv", index=False)
     print(judged.round(3).to_string(index=False))

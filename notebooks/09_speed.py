@@ -138,7 +138,7 @@ for name in arms:
 # %% [markdown]
 # ## One by one
 #
-# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. The twin decodes greedily with its cache, once in the straight lines that the diffusion decoders use too and once by Transformers' `generate`. Of the dLLM's texts
+# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. The twin decodes greedily with its cache, once in the straight lines that the diffusion decoders use too (`speed` is a multiple of this) and once by Transformers' `generate`, which is what a user of the parent would call (`of_generate`). Of the dLLM's texts
 #
 # - *S* and *Q* are its own, at the thresholds of notebook 04;
 # - *own AR text* is that of its block-size-1 mode: it drafts a block and keeps what that mode would have written (`self_speculate`);
@@ -172,12 +172,12 @@ for turn, (name, (model, decoder)) in itertools.product(range(rounds), contestan
 runs = pd.concat(runs, ignore_index=True)
 sums = runs.pivot_table(["tokens", "cpu_seconds"], "round", "arm", aggfunc="sum")
 rate = sums.tokens / sums.cpu_seconds
-speed = rate.div(rate["AR twin"], axis=0)
+speed, of_generate = (rate.div(rate[name], axis=0) for name in ("AR twin", "AR twin, generate"))
 alone = pd.concat([evaluate.summary(part).assign(arm=name, speed=speed[name].median(), slowest=speed[name].min(),
-                                                 fastest=speed[name].max(), seed=seed)
+                                                 fastest=speed[name].max(), of_generate=of_generate[name].median(), seed=seed)
                    for name, part in runs.groupby("arm", sort=False)], ignore_index=True)
 alone.to_csv(output / "speed.csv", index=False)
-columns = ["arm", "tpf", "positions_fed", "tokens_per_s", "speed", "slowest", "fastest"]
+columns = ["arm", "tpf", "positions_fed", "tokens_per_s", "speed", "slowest", "fastest", "of_generate"]
 print(alone[columns].round(2).to_string(index=False))
 
 # %% [markdown]
