@@ -215,8 +215,9 @@ def filmstrip(trace, tokens: Tokens, steps: Sequence[int] | None = None, row: in
             ax.axvline(place, color="black", linewidth=1.8, zorder=3)
     number = _row(trace, row)[3]
     ax.set_yticks([0.43 - n for n in range(len(steps))], ["start" if s == 0 else f"forward {number[s]}" for s in steps])
-    ax.set_xticks([p + 0.5 for p, at in enumerate(span) if at % trace.block_size == 0 or p == 0],
-                  [str(at) for p, at in enumerate(span) if at % trace.block_size == 0 or p == 0])
+    places = [p for p, at in enumerate(span) if at % trace.block_size == 0]
+    places = places if places and places[0] < 3 else [0, *places]  # two numbers nearer than that run into each other
+    ax.set_xticks([p + 0.5 for p in places], [str(span[p]) for p in places])
     ax.set(xlim=(-0.1, len(span) + 0.1), ylim=(0.92 - len(steps), 1), xlabel="position (blocks parted by dark lines)")
     ax.set_title("Canvas, one line a forward")
     ax.tick_params(length=0)
