@@ -150,7 +150,7 @@ artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
 #
 # In three runs of profile nano a held-out answer cost 0.03 to 0.10 nats per masked token at t = 0.15 and 0.14 to 0.23 with all of a block masked, about what the last training steps cost: what is missing is training, not memory. A next-token loss on the context that counts three times (`context_weight`) was worth more than steps: with it 1,700 steps left Q mode 0.8, 3.2 and 2.8 points behind the twin; with weight 1, 2,000 steps left two of these runs 3.6 and 5.2 points behind (notebook 05, test prompts).
 #
-# Profile smol (one run, 161,447 response tokens): the twin's loss falls to 0.55 nats within 40 steps, a masked token of the dLLM goes from 2.45 to 1.65 (held out: 1.34 with few masks, 2.19 with all of a block masked). Its adapters learn to draft; the rows that read stay the parent's, who has not learned the format.
+# Profile smol (one run, 161,447 response tokens): the twin's loss falls to 0.65 nats within 40 steps and to 0.55 at the end, a masked token of the dLLM goes from 2.45 to 1.65 (held out: 1.34 with few masks, 2.19 with all of a block masked). Its adapters learn to draft; the rows that read stay the parent's, who has not learned the format.
 #
 # All arms saw the same pairs in the same order for the same steps. The losses of the diffusion arms and of the twin are not comparable with each other (they predict different things); what the models can do is measured next, on prompts nobody has seen.
 #
