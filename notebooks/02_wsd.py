@@ -201,7 +201,7 @@ for name in ("parent", *{"AR twin"} & {*arms}) if probe_task else ():
 
 # %%
 output = paths.output_dir(profile, NOTEBOOK, seed)
-diffusion_arms = [name for name in arms if name != "AR twin"] if probe_task else []
+diffusion_arms = [name for name in arms if name != "AR twin"] if probe_task and probe_masks and probe_edits else []
 asked = {"task": probe_task, "items": probe_items, "masks": probe_masks, "edits": probe_edits, "tokens": probe_tokens}
 
 

@@ -11,6 +11,7 @@ import pytest
 from jupytext.config import load_jupytext_config
 
 from hildalib import book, params, paths
+from hildalib.__main__ import main
 
 FOUND = sorted(paths.notebooks().glob("*.ipynb"))
 HEAD = ("Question", "Needs", "Time", "Outputs")
@@ -90,3 +91,17 @@ def test_every_cell_runs_with_smoke_parameters(tmp_path):
     assert passed == sum(len(code(path)) for path in FOUND), "nbval did not run every code cell"
     missing = [path.stem for path in FOUND if not (tmp_path / "outputs" / "smoke" / path.stem / "metrics.json").is_file()]
     assert not missing, f"no metrics.json from {missing}"
+
+
+SHRUNK = {"01_data": ("documents=200", "eval_documents=20", "sft_documents=100", "sft_eval_documents=20"),
+          "02_wsd": ("hidden=32", "layers=1", "parent_steps=3", "warmup=[[1,1]]", "decay=[[8,2]]", "probe_items=4"),
+          "03_sft": ("steps=3",), "04_decode": ("items=4", "tau_masks=[0.5,0.9]", "tau_edits=[0.5,1.0]", "trace_prompts=1"), "05_benchmarks": ("items=8",)}
+
+
+def test_profile_nano_runs_with_its_own_switches(tmp_path, monkeypatch, capfd):
+    """01 to 05 as `hilda run` starts them, every number smaller and nothing else changed: what nano leaves empty must be allowed to be."""
+    monkeypatch.setenv("HILDA_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("HILDA_FIGURES", str(tmp_path / "figures"))
+    for notebook, changes in SHRUNK.items():
+        assert main(["run", notebook, "--profile", "nano", *(part for change in changes for part in ("--set", change))]) == 0, capfd.readouterr().out[-3000:]
+    assert (tmp_path / "outputs" / "nano" / "05_benchmarks" / "benchmarks.csv").is_file()
