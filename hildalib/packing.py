@@ -63,8 +63,7 @@ def _rows(tokens: np.ndarray, owners: np.ndarray, length: int, eos_token_id: int
     shape = (-1, length)
     input_ids = np.pad(tokens, (0, missing), constant_values=eos_token_id).reshape(shape)
     doc_ids = np.pad(owners, (0, missing), constant_values=PADDING).reshape(shape)
-    positions = np.broadcast_to(np.arange(length), input_ids.shape)
-    return {"input_ids": torch.from_numpy(input_ids), "doc_ids": torch.from_numpy(doc_ids), "position_ids": torch.from_numpy(positions.copy())}
+    return {"input_ids": torch.from_numpy(input_ids), "doc_ids": torch.from_numpy(doc_ids), "position_ids": torch.arange(length).repeat(len(input_ids), 1)}
 
 
 def pack_whole(documents: Iterable[list[int]], length: int, eos_token_id: int) -> tuple[dict[str, torch.Tensor], int]:

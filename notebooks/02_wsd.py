@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) with the same `profile`, `model` and `seed`.
 #
-# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes on two threads (six of them train the AR parent). Profile smol (SmolLM2-135M, 1 M tokens): on two cores with bfloat16 87 minutes for the dLLM, in two processes of `hilda train`, and 85 for the twin, in one of two threads (two processes would send each other all 135 M gradients: 6.0 s a step instead of 4.7); 5 minutes for the rest.
+# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes on two threads (six of them train the AR parent). Profile smol (SmolLM2-135M, 1 M tokens): on two cores with bfloat16 87 minutes for the dLLM, in two processes of `hilda train`, and 88 for the twin, most of it in one of two threads (two processes would send each other all 135 M gradients: 6.0 s a step instead of 4.7); 5 minutes for the rest.
 #
 # **Outputs.** Parent, dLLM, AR twin and ablation arms under `outputs/<profile>/02_wsd/checkpoints`, `losses.csv`, `validation.csv`, three figures.
 
@@ -296,7 +296,7 @@ print(summary.round(3).to_string(index=False))
 #
 # Losses and answers disagree once: adapters that act on noisy rows over the frozen parent have the *lower* masked loss in every seed (-0.057 nats [-0.080, -0.034]) and keep the parent's next-token loss exactly, but answered 54, 31 points fewer prompts in two seeds and 3.5 more in the third (best setting of each). A masked loss is taken beside a clean context; decoding has to live with what it wrote.
 #
-# Profile smol converts the real SmolLM2-135M on 1,024,000 tokens, by adapters on noisy rows over the frozen parent (one run). The KL of a masked token to the parent falls from 1.66 to 1.26 nats in blocks of 4 and has not stopped falling; a masked token costs 2.16 nats where few are masked and 3.47 where all of its block are. The next-token loss is the parent's 2.233 by construction, and that is the other side of losing nothing: the twin, all of whose weights learn, goes to 1.453 on the same texts.
+# Profile smol converts the real SmolLM2-135M on 1,024,000 tokens, by adapters on noisy rows over the frozen parent (one run). The KL of a masked token to the parent falls in blocks of 4 from 1.61 nats (first 30 steps) to 1.31 by step 400, 1.20 by 900 and 1.23 at the end, where rows differ by more than that; a masked token costs 2.16 nats where few are masked and 3.47 where all of its block are. The next-token loss is the parent's 2.233 by construction, and that is the other side of losing nothing: the twin, all of whose weights learn, goes to 1.453 on the same texts.
 #
 # Fifty-one comparisons at 95 % are expected to be wrong two or three times. The first three findings are many intervals away from zero; the last one is not.
 #
