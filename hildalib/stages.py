@@ -102,19 +102,27 @@ def origins(values: Mapping) -> dict[str, Path]:
 
 
 def tuning(values: Mapping) -> Stage:
-    """Notebook 03: what 02 made of an arm, tuned on responses."""
+    """Notebook 03: what 02 made of an arm, tuned on responses; adapters on noisy rows over the tuned weights of arm `adapter_base`, where it is named."""
     profile, seed, folders = values["profile"], values["seed"], origins(values)
 
-    def load(folder: Path):
-        return backbones.load(folder, dtype=values["weights"])
+    def load(name: str, base: str = ""):
+        return backbones.load(folders[name], dtype=values["weights"], base=artefacts.model_folder(profile, "03_sft", base, seed) if base else None)
 
-    first, tokenizer = load(folders[values["arms"][0]])
+    def start(name: str, recipe: Recipe):
+        return load(name, values["adapter_base"] if recipe.adapter_rank else "")[0]
+
+    converted = next((name for name in values["arms"] if name != "AR twin"), "")
+    first, tokenizer = load(converted or "AR twin")
     record, rank = first.config.hilda, gated.rank(first)
+    if values["adapter_base"] and converted and not rank:
+        raise HildaError(f"adapter_base = {values['adapter_base']}: notebook 02 made no adapters on noisy rows; set its adapter_rank, or adapter_base to ''")
     rows = {"train": artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=len(first.get_input_embeddings().weight))}
     recipe = recipe_of(values, BlockSchedule(stable=(values["block_size"], values["steps"])), "sft", adapter_rank=rank,
                        **{key: record[key] for key in ("label_shift", "causal_context")})
-    teacher = load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed))[0] if recipe.kl_weight else None
-    return Stage(paths.checkpoint_dir(profile, "03_sft", seed), tokenizer, rows, recipe, lambda name, _: load(folders[name])[0], teacher)
+    teacher = None
+    if recipe.kl_weight and not rank:  # adapters learn from the parent under them
+        teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype=values["weights"])[0]
+    return Stage(paths.checkpoint_dir(profile, "03_sft", seed), tokenizer, rows, recipe, start, teacher)
 
 
 STAGES = {"02_wsd": conversion, "03_sft": tuning}

@@ -132,9 +132,8 @@ plt.show()
 
 # %%
 for split, limit in (("train", sft_documents), ("validation", sft_eval_documents)):
-    found = [corpora.load(name, split=split, limit=limit, seed=seed + 1) for name in sft_sources]
-    texts = [(backbones.chat_prompt(tokenizer, row["prompt"]), row["response"])
-             for corpus in found for row in corpus]
+    texts = [pair for name in sft_sources
+             for pair in pairs.of_source(name, tokenizer, split=split, limit=limit, seed=seed + 1)]
     encoded = [tuple(tokenizer(list(pair), add_special_tokens=False)["input_ids"]) for pair in texts]
     sft_rows, left_out = pairs.pack_pairs(encoded, length, tokenizer.eos_token_id, block_size)
     artefacts.save_rows(sft_rows, profile, NOTEBOOK, f"sft-{split}", seed)

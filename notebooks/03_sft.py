@@ -47,6 +47,7 @@ draft_turns = 1
 ar_share = 0.0
 context_weight = 1.0
 adapter_lr = 0.0
+adapter_base = ""
 weights = "float32"
 head_rows = 0
 kl_weight = 0.0
@@ -79,6 +80,8 @@ NOTEBOOK = "03_sft"
 # The prompt stays visible in both halves and is never a target. Each pair sits on its own blocks, as in decoding, and ends with EOS up to the block border. Of the targets, masked tokens are to be predicted (M2T); tokens that carry the model's own draft or a random token are to be recovered (T2T).
 #
 # In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
+#
+# Where notebook 02 made the dLLM of adapters over a frozen parent, that parent reads and verifies, and tuning the adapters teaches it no format. With `adapter_base` the twin is tuned first, and the adapters go on learning over its weights, drawn to its distribution (`kl_weight`). What such a model writes when it verifies its drafts is the twin's text to the letter; the adapters decide how fast (notebook 05).
 
 # %%
 given = params.of(NOTEBOOK, globals())

@@ -30,6 +30,7 @@ profile = "smoke"
 seed = 0
 task_names = ["arithmetic"]
 items = 16
+open_items = 16
 batch_size = 64
 max_new_tokens = 32
 other_arms = ["no T2T"]
@@ -63,7 +64,7 @@ tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
 # %% [markdown]
 # ## The table
 #
-# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. A dLLM with a causal context has a third way, *own text*: it drafts a block, reads it token by token and keeps what it would have written so (self-speculation; notebook 09). Where the parent is frozen and adapters draft for it, that is the parent's own greedy text. The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
+# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. A dLLM with a causal context has a third way, *own text*: it drafts a block, reads it token by token and keeps what it would have written so (self-speculation; notebook 09). Where adapters draft over frozen weights, that is the greedy text of what lies under them: of the parent, or of the tuned twin (`adapter_base` in 03). The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
 
 # %%
 def settings(tau_mask: float, tau_edit: float) -> EditSettings:
@@ -79,8 +80,9 @@ if record["causal_context"] and record["label_shift"]:
 contestants["AR twin"] = ("AR twin", evaluate.autoregressive(max_new_tokens))
 frames = []
 for task_name, (label, (name, decoder)) in itertools.product(task_names, contestants.items()):
-    frame = evaluate.run(models[name], tokenizer, tasks.load(task_name), decoder, limit=items, seed=0,
-                         batch_size=batch_size, chat=chat)
+    task = tasks.load(task_name)
+    frame = evaluate.run(models[name], tokenizer, task, decoder, seed=0, batch_size=batch_size, chat=chat,
+                         limit=open_items if hasattr(task, "metrics") else items)
     frames.append(frame.assign(task=task_name, arm=label))
 everything = pd.concat(frames, ignore_index=True)
 parts = everything.groupby(["task", "arm"], sort=False)

@@ -27,13 +27,13 @@ class Sharded(DiffusionTrainer):
         state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT")
 
 
-def run(folder, name="dLLM", steps=4, sharded=False, **changes):
+def run(folder, name="dLLM", steps=4, causal=2, sharded=False, **changes):
     """Trains `folder`; leaves beside it, of each process, the numbers of the rows that it read."""
     torch.set_num_threads(1)
     training.DiffusionTrainer = Sharded if sharded else DiffusionTrainer
     model, tokenizer = tiny()
     rows = as_rows(*text(12, seed=3, documents=True))
-    recipe = arm(Recipe(BlockSchedule(warmup=[(1, 2)], stable=(4, steps)), **BASE | changes), name)
+    recipe = arm(Recipe(BlockSchedule(warmup=[(1, causal)], stable=(4, steps)), **BASE | changes), name)
     read, item = [], NoisedRows.__getitem__
     NoisedRows.__getitem__ = lambda self, n: read.append(n) or item(self, n)
     log = train(model, tokenizer, rows, recipe, folder, parent=tiny(1)[0] if recipe.kl_weight else None)

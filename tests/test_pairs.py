@@ -1,11 +1,14 @@
 """Prompt-response pairs land on their own blocks, and only the response is noised."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hildalib import HildaError
-from hildalib.pairs import pack_pairs, unpack_pairs
+from hildalib import HildaError, backbones
+from hildalib.pairs import of_source, pack_pairs, unpack_pairs
+from hildalib.tasks.tinystories import OPENING_WORDS
 
 
 def picture(row, maskable=False):
@@ -57,3 +60,21 @@ def test_pairs_come_back_as_they_went_in():
     pairs = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8, 9, 5, 6]), ([9, 9], [])]
     for size in (2, 4, 12):
         assert unpack_pairs(pack_pairs(pairs, 12, 0, size)[0], 0) == pairs
+
+
+def test_pairs_of_a_source_are_worded_as_evaluation_words_them(tmp_path, monkeypatch):
+    """A question becomes a user's turn, the opening of a story stays as it is; a source of mere texts is refused."""
+    story = "Once upon a time, there was a small fox who wanted to fly. " * 8
+    (tmp_path / "tinystories").mkdir()
+    (tmp_path / "tinystories" / "stories.jsonl").write_text("".join(json.dumps({"text": f"{story}It was day {n}."}) + "\n" for n in range(4)), encoding="utf-8")
+    (tmp_path / "dolma_mini").mkdir()
+    (tmp_path / "dolma_mini" / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}", "id": str(n)}) + "\n" for n in range(40)), encoding="utf-8")
+    monkeypatch.setenv("HILDA_DATA", str(tmp_path))
+    tokenizer = backbones.nano()[1]
+    tokenizer.chat_template = "{% for message in messages %}U:{{ message.content }};A:{% endfor %}"
+    told = of_source("tinystories", tokenizer, split="train", limit=3, seed=0)
+    assert len(told) == 3 and all(len(opening.split()) == OPENING_WORDS and (opening + rest).startswith(story) for opening, rest in told)
+    asked = of_source("arithmetic", tokenizer, split="train", limit=3, seed=0)
+    assert all(prompt.startswith("U:") and prompt.endswith(";A:") for prompt, _ in asked)
+    with pytest.raises(HildaError, match="no pairs of prompt and response"):
+        of_source("dolma", tokenizer, split="train", limit=3, seed=0)

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 CASES = {
     "dllm": {"draft_share": 0.5, "kl_weight": 0.5, "causal_context": True, "context_weight": 0.5, "mask_noise": 0.5, "mask_noise_steps": 3},
     "rows of one micro-batch": {"accumulate": 1, "batch_size": 8, "weighting": "1/t", "low": 0.3, "head_rows": 5, "gradient_checkpointing": True},
+    "rows of which few are drafted": {"accumulate": 1, "batch_size": 2, "draft_share": 0.5, "causal": 0, "seed": 2},  # in the second step one process runs a forward more than the other
     "twin": {"name": "AR twin"},
     "sharded": {"sharded": True, "draft_share": 0.5, "kl_weight": 0.5, "head_rows": 5, "gradient_checkpointing": True},
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import as_rows
 
-from hildalib import HildaError, artefacts, backbones, book, params, paths, stages, stamps, training
+from hildalib import HildaError, artefacts, backbones, book, exports, params, paths, stages, stamps, training
 from hildalib.__main__ import main
 from hildalib.nano import nano
 from hildalib.recipe import Recipe
@@ -83,6 +83,35 @@ def test_a_quantised_parent_is_converted_and_tuned_under_adapters(data, tmp_path
     assert len(tuned.train("dLLM")) and tuned.recipe.causal_context
     again = backbones.load(paths.checkpoint_dir("smoke", "03_sft") / "dLLM" / "model", dtype="float32", device="cpu")[0]
     assert again.config.hilda["stage"] == "sft" and again.is_quantized
+
+
+def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_path, monkeypatch):
+    """adapter_base: clean rows are then the tuned twin's to the bit, wherever the outputs lie; without adapters it is refused."""
+    gates = {"adapter_rank": 4, "adapter_lr": 0.01, "context_weight": 0.0, "ar_share": 0.0, "warmup": [[2, 1]], "decay": [[8, 2]], "parent_steps": 2}
+    converted = stages.conversion(params.load("02_wsd", "smoke", {**gates, "arms": ["dLLM", "AR twin"]}))
+    artefacts.save_rows(artefacts.load_rows("smoke", "01_data", "train"), "smoke", "01_data", "sft-train")
+    values = params.load("03_sft", "smoke", {"arms": ["AR twin", "dLLM"], "adapter_base": "AR twin", "adapter_lr": 0.01, "context_weight": 0.0, "steps": 2})
+    for name in ("dLLM", "AR twin"):
+        converted.train(name)
+    with pytest.raises(HildaError, match="AR twin.*is missing"):
+        stages.tuning(values).train("dLLM")
+    tuned = stages.tuning(values)
+    for name in values["arms"]:
+        tuned.train(name)
+    (tmp_path / "outputs").rename(tmp_path / "moved")
+    monkeypatch.setenv("HILDA_OUTPUTS", str(tmp_path / "moved"))
+    ids = torch.randint(1, 20, (2, 16), generator=torch.Generator().manual_seed(0))
+    folders = {arm: artefacts.model_folder("smoke", "03_sft", arm) for arm in values["arms"]}
+    logits = {arm: backbones.load(folder, dtype="float32", device="cpu")[0](input_ids=ids).logits for arm, folder in folders.items()}
+    assert torch.equal(*logits.values())
+    assert not torch.equal(logits["dLLM"], backbones.load(artefacts.model_folder("smoke", "02_wsd", "dLLM"), device="cpu")[0](input_ids=ids).logits)
+    with pytest.raises(HildaError, match="laid over nothing"):
+        backbones.load(folders["AR twin"], base=folders["AR twin"])
+    with pytest.raises(HildaError, match="which nobody else has"):
+        exports.export(folders["dLLM"], "adapter", tmp_path / "out")
+    monkeypatch.setattr(stages.gated, "rank", lambda _: 0)
+    with pytest.raises(HildaError, match="made no adapters"):
+        stages.tuning(values)
 
 
 @pytest.mark.parametrize("arguments, message", [(("04_decode",), "use 02_wsd or 03_sft"), (("02_wsd", "--profile", "smoke"), "needs the results of 01_data"),
