@@ -44,9 +44,9 @@ def pipelined(settings: PipelineSettings) -> Decoder:
     return lambda model, ids, real: pipeline_decode(model, ids, settings, attention_mask=real)
 
 
-def speculative(max_new_tokens: int) -> Decoder:
-    """Self-speculation as a decoder of `run`: the text of the model's own AR mode."""
-    return lambda model, ids, real: self_speculate(model, ids, attention_mask=real, max_new_tokens=max_new_tokens)
+def speculative(max_new_tokens: int, tolerance: float = 1.0) -> Decoder:
+    """Self-speculation as a decoder of `run`: the text of the model's own AR mode, or with a tolerance below 1 one that it finds about as probable."""
+    return lambda model, ids, real: self_speculate(model, ids, attention_mask=real, max_new_tokens=max_new_tokens, tolerance=tolerance)
 
 
 def searching(settings: EditSettings, choices: SearchSettings, seed: int = 0, kept: list[Beams] | None = None) -> Decoder:

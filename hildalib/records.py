@@ -151,6 +151,7 @@ class Benchmarks(Common):
     task_names: list[str] = field(["arithmetic"], "tasks; hildalib.tasks.NAMES")
     items: int = field(16, "test items a task", low=1)
     open_items: int = field(16, "test items of a task without right answers (stories)", low=1)
+    tolerance: float = field(0.1, "own text that keeps drafts this many times as probable as its favourite; 1 leaves this contestant out", low=0.001, high=1)
     batch_size: int = field(64, "prompts decoded together", low=1)
     max_new_tokens: int = field(32, "tokens of an answer", low=1)
     other_arms: list[str] = field(["no T2T"], "arms of 03_sft to set beside dLLM, at equal tokens per forward")

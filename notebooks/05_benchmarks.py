@@ -31,6 +31,7 @@ seed = 0
 task_names = ["arithmetic"]
 items = 16
 open_items = 16
+tolerance = 0.1
 batch_size = 64
 max_new_tokens = 32
 other_arms = ["no T2T"]
@@ -64,7 +65,7 @@ tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
 # %% [markdown]
 # ## The table
 #
-# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. A dLLM with a causal context has a third way, *own text*: it drafts a block, reads it token by token and keeps what it would have written so (self-speculation; notebook 09). Where adapters draft over frozen weights, that is the greedy text of what lies under them: of the parent, or of the tuned twin (`adapter_base` in 03). The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
+# S and Q are the presets that notebook 04 chose on validation prompts; test prompts are used here and only here. A dLLM with a causal context has a third way, *own text*: it drafts a block, reads it token by token and keeps what it would have written so (self-speculation; notebook 09). Where adapters draft over frozen weights, that is the greedy text of what lies under them: of the parent, or of the tuned twin (`adapter_base` in 03). With a `tolerance` below 1 a draft also stays while it is at least that many times as probable as what would have been written: another text, in fewer forwards. The twin decodes greedily with a KV cache. Intervals are 95 % Wilson intervals over items; forwards, tokens per forward and positions fed count everything from the prompt's forward on.
 
 # %%
 def settings(tau_mask: float, tau_edit: float) -> EditSettings:
@@ -77,6 +78,8 @@ contestants = {f"dLLM {mode}": ("dLLM", evaluate.diffusion(settings(preset["tau_
 record = models["dLLM"].config.hilda
 if record["causal_context"] and record["label_shift"]:
     contestants["dLLM own text"] = ("dLLM", evaluate.speculative(max_new_tokens))
+    if tolerance < 1:
+        contestants[f"dLLM own text ≥ {tolerance:g}"] = ("dLLM", evaluate.speculative(max_new_tokens, tolerance))
 contestants["AR twin"] = ("AR twin", evaluate.autoregressive(max_new_tokens))
 frames = []
 for task_name, (label, (name, decoder)) in itertools.product(task_names, contestants.items()):

@@ -38,6 +38,35 @@ def test_accepted_drafts_cost_one_forward_a_block():
     assert (out.ids == 0).all() and out.forwards.tolist() == [6] and out.positions_fed.tolist() == [(4 + 4) + 5 * 8]
 
 
+@pytest.mark.parametrize("tolerance", [0.7, 0.3, 1e-9])
+def test_with_a_tolerance_no_token_is_less_probable_than_it_allows(tolerance):
+    """Read once more token by token, each token of the text has at least `tolerance` of the favourite's probability; where everything is tolerated
+    no draft is rejected."""
+    kept = saved = 0
+    for seed in range(6):
+        model, _ = tiny(seed, causal=True, sharpen=3.0)
+        prompt = torch.randint(FIRST, 15, (1, 8), generator=torch.Generator().manual_seed(seed))
+        out = self_speculate(model, prompt, max_new_tokens=24, tolerance=tolerance)
+        ids = torch.cat([prompt, out.ids], 1)
+        with torch.no_grad():
+            logits = model(input_ids=ids.clone()).logits[:, 7:-1]
+        logits[..., model.config.hilda["mask_token_id"]] = -torch.inf
+        ratio = (logits.gather(-1, out.ids.clone()[..., None])[..., 0] - logits.max(-1).values).exp()[0]
+        written = len(ratio) if not (ends := (out.ids[0] == EOS).nonzero()).numel() else int(ends[0, 0]) + 1
+        assert (ratio[:written] >= tolerance - 1e-5).all()
+        kept += int((ratio[:written] < 1 - 1e-5).sum())
+        saved += int(self_speculate(model, prompt, max_new_tokens=24).forwards - out.forwards)
+        if tolerance < 1e-6:
+            assert out.forwards[0] == 1 + -(-written // 4)
+    assert kept > 0 and saved > 0
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, 1.5])
+def test_an_impossible_tolerance_is_refused(tolerance):
+    with pytest.raises(HildaError, match="is no share of a probability"):
+        self_speculate(tiny(causal=True)[0], torch.tensor([[5, 6]]), max_new_tokens=4, tolerance=tolerance)
+
+
 @pytest.mark.parametrize("options", [{"causal": False}, {"shift": False, "causal": True}, {"block_size": 1, "causal": True}])
 def test_a_model_without_an_ar_mode_is_refused(options):
     with pytest.raises(HildaError, match="needs a shifted dLLM with a causal context and blocks of at least 2"):

@@ -1,9 +1,11 @@
-"""Self-speculation: a block drafted by diffusion, verified by the same model reading it token by token (greedy, lossless).
+"""Self-speculation: a block drafted by diffusion, verified by the same model reading it token by token (greedy; lossless unless told otherwise).
 
 For models with a causal context, whose closed blocks are read as an AR model reads them: the causal copy that commits a block also says
 what the model's own AR mode would have written (the idea of S2D2, arXiv 2603.25702, without its losses: strict acceptance, no edits).
 Entry point: `self_speculate`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from hildalib.decoding.reader import Reader
 class _Speculation:
     """State of one batch; each forward verifies the drafted block of a row and drafts the next one."""
 
-    def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, size: int, max_new_tokens: int):
-        self.size, self.mask_id = size, model.config.hilda["mask_token_id"]
+    def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, size: int, max_new_tokens: int, tolerance: float):
+        self.size, self.mask_id, self.slack = size, model.config.hilda["mask_token_id"], -math.log(tolerance)
         self.lengths, self.ends = lengths, lengths + max_new_tokens
         device, slots = prompt_ids.device, -(-int(self.ends.max()) // size) * size
         self.canvas = blank(prompt_ids, lengths, slots, self.mask_id)
@@ -39,13 +41,14 @@ class _Speculation:
         self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, logits.argmax(-1), ids))
 
     def _verify(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written stay; from there on stands what
-        it would have written after this draft: right at that place, a new draft behind it. Returns (b,) True = all of the block stayed."""
+        """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written (or, with slack, finds too improbable)
+        stay; its own takes that place, and behind it the draft waits for the next forward. Returns (b,) True = all of the block stayed."""
         positions = self.reader.positions(self.start[rows], self.size)
-        ids, own = self.canvas[rows].gather(1, positions), logits.argmax(-1)
-        count = ((ids == own) | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
-        kept = self.reader.columns[:self.size] < count[:, None]
-        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(kept, ids, own))
+        ids, (top, own) = self.canvas[rows].gather(1, positions), logits.max(-1)
+        right = (ids == own) if self.slack == 0 else top - logits.gather(-1, ids[..., None]).squeeze(-1) <= self.slack
+        count = (right | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
+        wrong = self.reader.columns[:self.size] == count[:, None]
+        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(wrong, own, ids))
         self.sure[rows] = self.start[rows] + (count + 1).clamp(max=self.size)
         return count == self.size
 
@@ -75,21 +78,25 @@ class _Speculation:
 
 
 @torch.inference_mode()
-def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None) -> Decoded:
+def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None, tolerance: float = 1.0) -> Decoded:
     """The text of `ar_decode`, token for token (up to ties in floating point), in fewer forwards; arguments and result as in `edit_decode`.
 
-    A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the AR mode's
-    own choices take the place of the first wrong token and of all behind it, as in Jacobi decoding (arXiv 2305.10427), and the next
-    forward verifies those. So a block costs 1 forward and 1 more for each rejection, K + 1 at most. Raises HildaError for a model
-    without a causal context, whose AR mode is not what commits a block.
+    A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the AR mode's own
+    choice takes the place of the first wrong token, and the next forward verifies what was drafted behind it. So a block costs 1 forward
+    and 1 more for each rejection, K + 1 at most. tolerance in (0, 1]: a drafted token also stays while it is at least that many times as
+    probable as the AR mode's favourite; below 1 the text is no longer the AR mode's (typical acceptance without its entropy, Medusa,
+    arXiv 2401.10774, section 2.3.1). Raises HildaError for another tolerance, and for a model without a causal context, whose AR mode is
+    not what commits a block.
     """
+    if not 0 < tolerance <= 1:
+        raise HildaError(f"tolerance = {tolerance} is no share of a probability; give a number above 0 and at most 1, which keeps the text of the AR mode")
     record = getattr(model.config, "hilda", None) or {}
     size = record.get("block_size") or 0
     if not record.get("causal_context") or not record["label_shift"] or size < 2:
         raise HildaError("self-speculation needs a shifted dLLM with a causal context and blocks of at least 2; convert one with causal_context: true")
     lengths = left_padded(prompt_ids, attention_mask)
     check_context(model, int(lengths.max()) + max_new_tokens)
-    state = _Speculation(model, prompt_ids, lengths, size, max_new_tokens)
+    state = _Speculation(model, prompt_ids, lengths, size, max_new_tokens, tolerance)
     state.begin()
     while len(state.live):
         state.step()
