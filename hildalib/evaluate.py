@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hildalib import HildaError, backbones
+from hildalib import HildaError
 from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode,
                                explore, generate_decode, pipeline_decode, refreshed_decode, routed_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
 from hildalib.intervals import mean_interval, wilson
+from hildalib.pairs import worded
 from hildalib.training import peak_memory_gb
 
 Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt_ids (B, P), attention_mask (B, P))
@@ -87,11 +88,6 @@ def generated_tokens(ids: Tensor, eos: list[int]) -> Tensor:
     """(B,) tokens up to and with the first EOS: what counts as generated. EOS padding after it does not."""
     ended = torch.isin(ids, torch.tensor(eos, dtype=ids.dtype, device=ids.device)).long()
     return (ended.cumsum(1) - ended == 0).sum(1)
-
-
-def worded(task, tokenizer, prompts: list[str], chat: bool) -> list[str]:
-    """What the model is given: with `chat` each prompt as a user's turn, unless the task's prompts are openings that it is to continue."""
-    return [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat and not getattr(task, "CONTINUES", False) else prompts
 
 
 def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, seed: int = 0, split: str = "test",

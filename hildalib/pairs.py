@@ -2,15 +2,20 @@
 
 Each pair begins on a block border and is filled up with EOS to the next one, so that its blocks lie as decoding will lay them
 (LLaDA2.0 section 5.1; block-aligned EOS instead of padding to the full length, which would make EOS most of the targets).
-Entry points: `of_source`, `pack_pairs`, `unpack_pairs`.
+Entry points: `of_source` and `worded` (texts), `pack_pairs`, `unpack_pairs` (ids).
 """
 
 from collections.abc import Iterable
 
 import torch
 
-from hildalib import HildaError, corpora, evaluate, tasks
+from hildalib import HildaError, backbones, corpora, tasks
 from hildalib.packing import PADDING
+
+
+def worded(task, tokenizer, prompts: list[str], chat: bool) -> list[str]:
+    """What the model is given: with `chat` each prompt as a user's turn, unless the task's prompts are openings that it is to continue."""
+    return [backbones.chat_prompt(tokenizer, prompt) for prompt in prompts] if chat and not getattr(task, "CONTINUES", False) else prompts
 
 
 def of_source(name: str, tokenizer, *, split: str, limit: int | None, seed: int) -> list[tuple[str, str]]:
@@ -20,7 +25,7 @@ def of_source(name: str, tokenizer, *, split: str, limit: int | None, seed: int)
     if "prompt" not in corpus.column_names:
         raise HildaError(f"source {name!r} has texts but no pairs of prompt and response; take it out of sft_sources, or use it in sources")
     task = tasks.load(name) if name in tasks.NAMES else None
-    return list(zip(evaluate.worded(task, tokenizer, corpus["prompt"], chat=True), corpus["response"]))
+    return list(zip(worded(task, tokenizer, corpus["prompt"], chat=True), corpus["response"]))
 
 
 def pack_pairs(pairs: Iterable[tuple[list[int], list[int]]], length: int, eos_token_id: int, block_size: int) -> tuple[dict[str, torch.Tensor], int]:

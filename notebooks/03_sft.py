@@ -153,7 +153,7 @@ artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
 #
 # In three runs of profile nano a held-out answer cost 0.03 to 0.10 nats per masked token at t = 0.15 and 0.14 to 0.23 with all of a block masked, about what the last training steps cost: what is missing is training, not memory. A next-token loss on the context that counts three times (`context_weight`) was worth more than steps: with it 1,700 steps left Q mode 0.8, 3.2 and 2.8 points behind the twin; with weight 1, 2,000 steps left two of these runs 3.6 and 5.2 points behind (notebook 05, test prompts).
 #
-# Profile smol (one run, 161,447 response tokens): the twin's loss falls to 0.65 nats within 40 steps and to 0.55 at the end, a masked token of the dLLM goes from 2.45 to 1.65 (held out: 1.34 with few masks, 2.19 with all of a block masked). Its adapters learn to draft; the rows that read stay the parent's, who has not learned the format.
+# Profile smol (one run, 323,338 response tokens of stories and five tasks, 300 steps): the twin's loss falls from 1.51 nats to 1.0, most of it in the first 40 steps. Over it the adapters' KL to it falls from 1.66 to 1.15, a masked token from 2.29 to about 2.0 (held out: 1.36 with few masks, 2.60 with all of a block masked). Tuned over the parent that 02 had frozen instead, Q mode answered 1 of 140 test prompts right: what reads had not learned the format, and adapters on other rows cannot make up for that.
 #
 # All arms saw the same pairs in the same order for the same steps. The losses of the diffusion arms and of the twin are not comparable with each other (they predict different things); what the models can do is measured next, on prompts nobody has seen.
 #
