@@ -199,6 +199,6 @@ for name, row in presets.items():
 #
 # In three runs of profile nano editing repairs nearly everything. Without it (tau_edit 1) accuracy falls from 92.1 % at 3.4 tokens a forward (tau_mask 0.9) to 39.9 % at 5.6 (tau_mask 0.1); with tau_edit 0 it is 94.0 % wherever tau_mask stands, at 2.8 to 3.2 tokens a forward. So a careless draft that is edited is as good as a careful one that is edited, and faster; beside a careful one that is not, it is 1.9 points better for a few more forwards (means over runs, validation prompts). Where the front lies is the answer for this model and this task, not a law.
 #
-# Profile smol (SmolLM2-135M after 1 M tokens, twelve stories judged by the parent) is far from that: the likelihood of a token is 0.27 at one token a forward, 0.18 at 1.5 (Q) and 0.17 at 3.0 (S), where 0.1 either way is noise. Editing changes it by +0.02 to -0.01, from low to high tau_mask.
+# Profile smol (SmolLM2-135M after 1 M tokens and tuning, twelve stories judged by the parent) is far from that: the likelihood of a token is 0.14 at one token a forward, 0.07 at 1.7 (Q) and 0.06 at 2.8 (S), where 0.04 either way is noise. Between tau_mask 0.25 and 0.1 the front falls steeply; editing changes it by 0.03 at most.
 #
 # Next: [05 · Benchmarks](05_benchmarks.ipynb).
