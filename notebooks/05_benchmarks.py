@@ -150,7 +150,8 @@ means = evaluate.across_seeds(tables, ["task", "arm"], costs, shares=("accuracy"
 if len(tables) == 1:
     means[["accuracy_low", "accuracy_high"]] = table[["low", "high"]].to_numpy()
 shown = means.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
-origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
+origin = {"profile": profile, "seeds": ", ".join(map(str, tables)),
+          "items": f"{items}, stories {open_items}" if open_tasks else items,
           "interval": "95 % t over seeds" if len(tables) > 1 else "95 % Wilson over items",
           "device": str(models["dLLM"].device)}
 measure = "accuracy (stories: 1 − repetition)" if open_tasks else "accuracy"
@@ -190,7 +191,7 @@ print(means[columns].round(3).to_string(index=False))
 #
 # Thresholds lose more than that: Q, 1.9 tokens a forward on stories, 0.31 times as likely [0.24, 0.40]; S, 3.0 and 0.43. The adapters' distribution is not the twin's (1.1 nats apart), and a threshold believes it; verification asks the twin. Editing repairs much of it where there is one right answer: S, which writes more carelessly than Q (tau_mask 0.1 beside 0.2) but edits, answers 65 % of arithmetic, Q 25 %. Presets chosen on stories are no presets for sums.
 #
-# In time nothing beats the twin's 100 tokens a second on stories: 31 in own text, 54 in Q (one thread beside another job, batches of 20). A forward of this model reads four positions, their copies, and adapters on some of them; 1.3 to 2.1 tokens do not pay for that on a CPU. Adapters tuned over the untuned parent instead were worse in all respects: own text was that parent's, with 2 of 140 problems right at 1.2 tokens a forward, and Q answered one.
+# In time nothing beats the twin's 100 tokens a second on stories: 31 in own text, 54 in Q (one thread beside another job, batches of 20). A forward of this model reads four positions, their copies, and adapters on some of them; 1.3 to 2.1 tokens do not pay for that on a CPU. Adapters tuned over the untuned parent instead (an earlier run, 20 stories): own text was that parent's, 2 of 140 problems right at 1.2 tokens a forward; Q answered one, and its stories, 0.91 times as likely as the twin's, went round in circles (repetition 0.59).
 #
 # The first figure is the honest table: accuracy with its interval, and what it cost in forwards and time, for both modes and the twin. The others answer one question each: where the two curves lie at the same tokens per forward, and the printed difference with its interval says whether that is more than noise.
 #
