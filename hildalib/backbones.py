@@ -326,17 +326,10 @@ def _write(model, folder: Path) -> None:
         copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
     else:
         how = None if quantized is None else "nf4" if quantized.load_in_4bit else "int8"
-        record = {"base": _near(model.get_base_model().name_or_path, folder), "quantize": how, "hilda": model.config.hilda,
+        record = {"base": paths.portable(model.get_base_model().name_or_path, folder), "quantize": how, "hilda": model.config.hilda,
                   "note": "LoRA adapter that is not merged into its base; hildalib.backbones.load of this folder loads the base and adds it"}
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def _near(base: str, folder: Path) -> str:
-    """`base` as a path from `folder`, where both lie in the outputs: such a pair may be moved together; any other name as it is."""
-    root = paths.outputs_root()
-    inside = Path(base).is_dir() and Path(base).resolve().is_relative_to(root) and folder.is_relative_to(root)
-    return Path(os.path.relpath(Path(base).resolve(), folder)).as_posix() if inside else base
 
 
 def _is_model(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Where things live; nothing else computes a path.
 
-Entry points: `notebooks`, `params`, `output_dir`, `checkpoint_dir`, `figure_dir`, `cache_dir`, `data_dir`. The environment moves four of
+Entry points: `notebooks`, `params`, `output_dir`, `checkpoint_dir`, `figure_dir`, `cache_dir`, `data_dir`, `portable`. The environment moves four of
 them: HILDA_OUTPUTS and HILDA_FIGURES (roots of results), HILDA_CACHE (downloads), HILDA_DATA (a folder of own data).
 """
 
@@ -65,6 +65,13 @@ def figure_dir(profile: str, seed: int = 0, *, create: bool = True) -> Path:
 def cache_dir(*, create: bool = True) -> Path:
     """Folder of downloads: HILDA_CACHE, else the platform's own cache folder."""
     return _folder(_from_environment("HILDA_CACHE") or user_cache_path("hilda", appauthor=False), create)
+
+
+def portable(name: str, folder: Path) -> str:
+    """`name` as a path from `folder`, where it is a folder and both lie in the outputs: such a pair may be moved together; any other name as it is."""
+    root, place = outputs_root(), Path(name).resolve()
+    inside = Path(name).is_dir() and place.is_relative_to(root) and folder.is_relative_to(root)
+    return Path(os.path.relpath(place, folder)).as_posix() if inside else name
 
 
 def data_dir() -> Path | None:

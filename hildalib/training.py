@@ -227,8 +227,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         save_strategy="steps" if recipe.save_every else "no", save_steps=recipe.save_every or 1,
         save_total_limit=None if recipe.merge_top_k else 2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
         seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,  # all are used in every step; looking for others costs a walk over the graph
-        ddp_broadcast_buffers=False)  # they are constants; and a process whose rows are drafted runs a forward that the others do not answer
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)  # all are used; buffers are constants, and not every process runs a drafting forward
 
 
 def processes() -> int:

@@ -85,7 +85,7 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
     choice takes the place of the first wrong token, and the next forward verifies what was drafted behind it. So a block costs 1 forward
     and 1 more for each rejection, K + 1 at most. tolerance in (0, 1]: a drafted token also stays while it is at least that many times as
     probable as the AR mode's favourite; below 1 the text is no longer the AR mode's (typical acceptance without its entropy, Medusa,
-    arXiv 2401.10774, section 2.3.1). Raises HildaError for another tolerance, and for a model without a causal context, whose AR mode is
+    arXiv 2401.10774). Raises HildaError for another tolerance, and for a model without a causal context, whose AR mode is
     not what commits a block.
     """
     if not 0 < tolerance <= 1:
