@@ -1,7 +1,8 @@
 """LoRA that acts on noisy rows only, over a frozen autoregressive parent: what reads clean rows is the parent itself.
 
 The drafts of such a model are its adapter's, what verifies them is the parent, so self-speculation writes the parent's greedy text (the
-idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `noisy_rows`, `is_gated`, `rank`; `read_clean`: the clean half, read once without a gradient.
+idea of R-ISD, I-DLM, arXiv 2604.11035). Entry points: `gate`, `draft_as` (a start), `noisy_rows`, `is_gated`, `rank`; `read_clean`: the clean half, read
+once without a gradient.
 """
 
 import contextlib
@@ -43,6 +44,24 @@ def gate(model):
         if "lora_B." in name:
             module.register_forward_hook(only_there)
     model.config.hilda = model.config.hilda | {"gated": True}
+    return model
+
+
+@torch.no_grad()
+def draft_as(model, donor):
+    """Starts the adapters of a gated model as what `donor`, a whole model of its shape, has other weights than its parent, cut to their rank (SVD, which
+    loses least), and its row of [MASK] as the donor's; returns the model. Norms and other embeddings stay the parent's."""
+    if not is_gated(model):
+        raise HildaError("draft_as is for gated adapters; call gated.gate first")
+    theirs, reach = dict(donor.named_modules()), rank(model)
+    for name, part in model.get_base_model().named_modules():
+        if hasattr(part, "lora_A"):
+            left, strengths, right = torch.linalg.svd((theirs[name].weight - part.base_layer.weight).float(), full_matrices=False)
+            root = strengths[:reach].sqrt()
+            part.lora_A["default"].weight[:len(root)] = root[:, None] * right[:reach]
+            part.lora_B["default"].weight[:, :len(root)] = left[:, :reach] * root / part.scaling["default"]
+    mask_row = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    mask_row[0] = donor.get_input_embeddings().weight[model.config.hilda["mask_token_id"]]
     return model
 
 

@@ -90,7 +90,7 @@ size = models["dLLM"].config.hilda["block_size"]
 # %% [markdown]
 # ## Five more models
 #
-# - *gated*: the twin is frozen; a LoRA that acts on noisy rows alone learns to draft blocks for it. Rows that are read, and rows that verify, stay the twin's to the last bit.
+# - *gated*: the twin is frozen; a LoRA that acts on noisy rows alone learns to draft blocks for it. It starts as what the dLLM's weights have that the twin's have not (their difference, cut to the rank), for the dLLM can draft already. Rows that are read, and rows that verify, stay the twin's to the last bit.
 # - *pipelined*: the dLLM goes on learning with blocks in groups, each seeing the unfinished blocks before it, with mask rates that rise (D2F).
 # - *CARD*: the twin goes on learning on noisy rows that are read causally. A causal model with masks: blocks cost no mask of attention and no copy, and a token never sees what stands right of it.
 # - *full sequence*: the dLLM goes on as a model that sees its whole text in both directions, masks behind the block included (MDLM, LLaDA). Such a model has no exact cache; it is what Fast-dLLM's caches are for. Each pair is a row of its own, filled up with EOS, as many clean tokens a step as for the others.
@@ -120,7 +120,7 @@ def started(name: str):
     model = backbones.load(artefacts.model_folder(profile, "03_sft", ways[name][0], seed), dtype="float32")[0]
     if name == "gated":
         torch.manual_seed(seed)  # LoRA draws its start from the global stream
-        return gated.gate(backbones.with_lora(model, rank))
+        return gated.draft_as(gated.gate(backbones.with_lora(model, rank)), models["dLLM"])
     return model
 
 

@@ -1,5 +1,6 @@
 """Adapters on noisy rows: what reads clean rows is the frozen parent, in training, in decoding and after a round trip to disk."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hildalib import HildaError, attention, backbones
 from hildalib.decoding import EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, pipeline_decode, revise, self_speculate
 from hildalib.decoding.cache import BlockCache
 from hildalib.decoding.forward import Forward, is_straight
-from hildalib.gated import gate, is_gated, read_clean
+from hildalib.gated import draft_as, gate, is_gated, noisy_rows, read_clean
 from hildalib.layout import Layout, target_logits
 from hildalib.recipe import Recipe
 from hildalib.training import DiffusionTrainer, train
@@ -247,6 +248,40 @@ def test_straight_lines_give_the_bits_of_clean_rows_and_the_numbers_of_noisy_one
     torch.testing.assert_close(part[:3][asked[:3]], ours[wanted[:3]][asked[:3]], atol=1e-5, rtol=1e-5)  # of the row without padding
     some, _ = one_forward(model, noisy, True, wanted=wanted)
     torch.testing.assert_close(some, ours[wanted], atol=1e-5, rtol=1e-5)
+
+
+def test_factors_of_high_rank_are_multiplied_once_and_again_when_they_change(pair, tmp_path):
+    model = gate(backbones.load(tmp_path / "parent", dtype="float32", device="cpu", lora=64)[0])
+    noisy = torch.rand(2, 8, generator=torch.Generator().manual_seed(3)) < 0.5
+    for seed in (1, 2):
+        stir(model, seed)
+        for mine, pefts in zip(one_forward(model, noisy, True, wanted=None), one_forward(model, noisy, False, wanted=None)):
+            torch.testing.assert_close(mine, pefts, atol=1e-4, rtol=1e-4)
+    products = [part.product[1] for part in model.modules() if hasattr(part, "product")]
+    one_forward(model, noisy, True, wanted=None)
+    assert len(products) == 14 and all(a is b for a, b in zip(products, (part.product[1] for part in model.modules() if hasattr(part, "product"))))
+
+
+def test_adapters_that_start_as_a_difference_draft_as_its_donor_does(pair):
+    parent, model, _ = pair
+    donor = copy.deepcopy(parent)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for module in donor.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight += 0.1 * torch.randn(len(module.weight), 4) @ torch.randn(4, module.weight.shape[1])  # as many ranks as the adapters have
+        donor.get_input_embeddings().weight[MASK].normal_()
+        draft_as(model, donor)
+        ids = text(rows=2)[0]
+        ids[:, 1::3] = MASK
+        expected = donor(input_ids=ids).logits
+        with noisy_rows(model, True):
+            found = model(input_ids=ids).logits
+    shown = torch.arange(found.shape[-1]) != MASK  # [MASK]'s own logit is never read
+    torch.testing.assert_close(found[..., shown], expected[..., shown], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, parent(input_ids=ids).logits, atol=0.1)
+    with pytest.raises(HildaError, match="gated.gate first"):
+        draft_as(parent, donor)
 
 
 def test_decoders_write_the_same_in_straight_lines_and_through_peft(pair, monkeypatch):

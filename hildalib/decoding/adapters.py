@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _layers(model) -> list:
-    """Those with adapters, sought once: a walk through the modules takes as long as a small forward."""
+def _layers(model) -> dict:
+    """Layer with an adapter -> its weight and bias, and the factors of the adapter; sought once, for a walk through the modules takes as long as a
+    small forward."""
     if "layers" not in model.row_gate:
-        model.row_gate["layers"] = [part for part in model.modules() if hasattr(part, "lora_A") and hasattr(part, "base_layer")]
+        model.row_gate["layers"] = {part: (part.base_layer.weight, part.base_layer.bias, part.lora_A["default"].weight, part.lora_B["default"].weight)
+                                    for part in model.modules() if hasattr(part, "lora_A") and hasattr(part, "base_layer")}
     return model.row_gate["layers"]
 
 
@@ -25,24 +27,37 @@ def fits(model) -> bool:
         and not getattr(part, "lora_variant", None) and part.lora_B["default"].bias is None for part in _layers(model))
 
 
+def _product(part, weight: Tensor, down: Tensor, up: Tensor) -> Tensor | None:
+    """s A' B' (in, out) of a layer whose factors are no smaller, kept until they change; None where they are."""
+    if down.numel() + up.numel() < weight.numel() or down.dtype != weight.dtype:
+        return None
+    state = (down.data_ptr(), down._version, up.data_ptr(), up._version)
+    if getattr(part, "product", (None,))[0] != state:
+        part.product = state, part.scaling["default"] * (up @ down).t().contiguous()
+    return part.product[1]
+
+
 class Gate:
     """cut: how many rows of what comes in, its first ones, are clean; set before each forward."""
 
     def __init__(self, model):
-        self.cut, self.parts = 0, set(_layers(model))
+        self.cut, self.parts = 0, _layers(model)
 
     def function(self, part):
         """A layer with an adapter as a function (N, in) -> (N, out); None for any other module."""
         if part not in self.parts:
             return None
-        weight, bias, scaling = part.base_layer.weight.t(), part.base_layer.bias, part.scaling["default"]
-        down, up = (parts["default"].weight.t() for parts in (part.lora_A, part.lora_B))
+        weight, bias, down, up = self.parts[part]
+        product, scaling, weight, down, up = _product(part, weight, down, up), part.scaling["default"], weight.t(), down.t(), up.t()
 
         def run(x: Tensor) -> Tensor:
             out = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-            if self.cut < len(x):
-                noisy = x[self.cut:].to(down.dtype)
-                out[self.cut:].add_(torch.mm(torch.mm(noisy, down), up), alpha=scaling)
+            if self.cut >= len(x):
+                return out
+            if product is not None:
+                out[self.cut:].addmm_(x[self.cut:], product)
+            else:
+                out[self.cut:].add_(torch.mm(torch.mm(x[self.cut:].to(down.dtype), down), up), alpha=scaling)
             return out
 
         return run

@@ -162,8 +162,11 @@ def _norm(module):
     if module is None:
         return lambda x: x
     weight, epsilon = module.weight, module.variance_epsilon
-    if weight.dtype == torch.float32:  # the same operations in one call; in less precision it would round once where Transformers does twice
-        return lambda x: torch.rms_norm(x, weight.shape, weight, epsilon)
+    if weight.dtype == torch.float32:  # in less precision it would round once where Transformers does twice
+        width, scale = len(weight), weight * len(weight) ** 0.5
+        floor = torch.tensor((width * epsilon) ** 0.5, device=weight.device)
+        # x / sqrt(mean x^2 + eps) = x sqrt(n) / hypot(|x|, sqrt(n eps)): two fused calls where torch.rms_norm takes six
+        return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(scale)
     return partial(_rms, weight=weight, epsilon=epsilon)
 
 

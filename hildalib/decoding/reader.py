@@ -25,13 +25,11 @@ from hildalib.gated import is_gated
 @dataclass(frozen=True)
 class Reading:
     """Logits of one forward, [MASK] barred. own (b, K, V): the open block's rows. last (b, V): what predicts the position after the
-    block, once it is closed. following (b, K, V) or None: the rows of the next block. copy (b, K, V) or None: those of the block's
-    causal copy. hidden (b, K, V) or None: the shadow's."""
+    block, once it is closed. following (b, K, V) or None: the rows of the next block. hidden (b, K, V) or None: the shadow's."""
 
     own: Tensor
     last: Tensor
     following: Tensor | None = None
-    copy: Tensor | None = None
     hidden: Tensor | None = None
 
 
@@ -141,11 +139,11 @@ class Reader:
         return _Part(canvas.gather(1, positions), positions, positions, mask or (lambda used: attention.window(positions, used, self.seen)), **options)
 
     def read(self, canvas: Tensor, start: Tensor, live: Tensor, ahead: Tensor, spent: Tensor, shadowed: Tensor,
-             verify: bool = False, carried: Tensor | None = None) -> Reading:
+             carried: Tensor | None = None) -> Reading:
         """The blocks of canvas (b, T) that begin at start (b,). ahead (b,) bool: the block has no mask, and if it stays as it is it is
         committed by this forward, which reads the next one too. spent (b,) bool: it will stay. shadowed (b,) bool: its tokens are to be
-        predicted without being seen. live (b,): the rows' numbers in the account (`count`). verify: the whole causal copy is wanted.
-        carried (b, K, D): what the masks of the block add to their embeddings."""
+        predicted without being seen. live (b,): the rows' numbers in the account (`count`). carried (b, K, D): what the masks of the block
+        add to their embeddings."""
         size = self.size
         if not self.cache.keys and int(start.max()):
             self.count(live, start + size)
@@ -156,7 +154,7 @@ class Reader:
         fed = size * (1 + ahead.long() + (ahead & ~spent).long() * self.causal) if begins else size
         self.count(live, fed + shadowed.long() * shadow.count(size, self.shift) if shadows else fed)
         if self.causal and begins:
-            part, widths = self._commit_and_read(canvas, start, ahead, spent, verify)
+            part, widths = self._commit_and_read(canvas, start, ahead, spent)
         else:
             positions, widths = self.positions(start, size * (1 + begins)), [size] * (1 + begins)
             real = ahead[:, None] | (self.columns[:2 * size] < size) if begins else True
@@ -172,7 +170,21 @@ class Reader:
         if not (self.causal and begins):
             return Reading(read[0], read[0][:, -1], read[1] if begins else None, hidden=hidden)
         commit, following = read[-2:]
-        return Reading(read[0].expand(-1, size, -1), commit[:, -1], following, commit, hidden)  # where all are spent `own` says nothing
+        return Reading(read[0].expand(-1, size, -1), commit[:, -1], following, hidden)  # where all are spent `own` says nothing
+
+    def verify(self, canvas: Tensor, start: Tensor, live: Tensor, onward: Tensor) -> Reading:
+        """The drafted blocks of canvas (b, T) that begin at start (b,), read causally, token by token, in their own slots: `own`, which commits them if
+        they stay. onward (b,) bool: the next block is read behind it (`following`); where no row asks for it, it is not there. live: as in `read`."""
+        size, onwards = self.size, bool(onward.any())
+        column = self.columns[:size * (1 + onwards)]
+        clean = column < size
+        self.count(live, size * (1 + onward.long()))
+        slots = start[:, None] + column
+        ends = start[:, None] + torch.where(clean, column + 1, 2 * size)
+        positions = slots.clamp(max=self.length - 1)
+        logits, = self._feed(_Part(canvas.gather(1, positions), positions, slots, lambda used: (self.columns[:used] < ends[..., None])[:, None],
+                                   clean=clean[None], real=onward[:, None] | clean if onwards else True))
+        return Reading(logits[:, :size], logits[:, size - 1], logits[:, size:] if onwards else None)
 
     def _prefill(self, canvas: Tensor, start: Tensor) -> Reading:
         """The first forward: the whole prompt blocks, committed, and the block after them."""
@@ -189,9 +201,9 @@ class Reader:
         self.carry = logits[:, 0]
         return Reading(logits[:, 1:], logits[:, -1])
 
-    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, spent: Tensor, whole: bool) -> tuple[_Part, list[int]]:
+    def _commit_and_read(self, canvas: Tensor, start: Tensor, ahead: Tensor, spent: Tensor) -> tuple[_Part, list[int]]:
         """The open block once more, unless all are `ahead` and `spent`; its causal copy, the commit; the next block. And how many rows of
-        each are wanted; whole: all of the copy, not its last only.
+        each are wanted, of the copy its last.
 
         Where a row is `ahead` the copy takes the block's slots and the block itself stands behind the next one; elsewhere the block
         keeps its slots, and the other two are there because a batch is one tensor: nothing sees them.
@@ -202,14 +214,12 @@ class Reader:
         positions = (start[:, None] + places[0, 0]).clamp(max=self.length - 1)
         at, first, end = places[1:, ahead.long()]
         real = torch.where(columns < size, ~closing[:, None], ahead[:, None]) if len(start) > 1 and not gone else True
-        wanted = None if whole else columns[(columns < size) | (columns >= 2 * size - 1)] - gone
-        rest = 2 * size if whole else size + 1
+        wanted = (columns[(columns < size) | (columns >= 2 * size - 1)] - gone).expand(len(start), -1)
         mute = False if gone else self._mute(canvas, positions[:, :size])
-        mute = mute if mute is False else F.pad(mute, (0, rest))
-        wanted = None if wanted is None else wanted.expand(len(start), -1)
+        mute = mute if mute is False else F.pad(mute, (0, size + 1))
         part = _Part(canvas.gather(1, positions), positions, start[:, None] + at, lambda used: attention.spans(start, used, first, end),
                      wanted, clean=((columns >= size) & (columns < 2 * size))[None], real=real, mute=mute)
-        return part, [size] * (not gone) + [rest - size, size]
+        return part, [size] * (not gone) + [1, size]
 
     def _shadow(self, canvas: Tensor, start: Tensor, shadowed: Tensor) -> _Part:
         """The shadow of the open block (`shadow.rows`), of which the last rows predict."""

@@ -14,6 +14,8 @@ from hildalib import HildaError
 from hildalib.decoding.decoded import Decoded, blank, check_context, completion, eos_ids, left_padded
 from hildalib.decoding.reader import Reader
 
+SURER = 1.0  # nats by which the AR mode's token behind a wrong one must be more probable than the drafted one (ours; chosen on validation prompts)
+
 
 class _Speculation:
     """State of one batch; each forward verifies the drafted block of a row and drafts the next one."""
@@ -28,17 +30,25 @@ class _Speculation:
         self.start, self.sure = lengths // size * size, lengths.clone()  # the open block; positions before `sure` are verified
         self.generated = self.reader.columns[:slots] >= lengths[:, None]
         self.live = torch.arange(len(prompt_ids), device=device)
+        self.belief = torch.zeros(self.canvas.shape, device=device)  # log-probability that a drafted token had when it was written
 
     def _finished(self, rows: Tensor, before: Tensor) -> Tensor:
         """(b,) True = all that was asked for, or an EOS, stands among the verified tokens before `before`."""
         verified = self.reader.columns[:self.canvas.shape[1]] < before[:, None]
         return (before >= self.ends[rows]) | (torch.isin(self.canvas[rows], self.eos) & verified & self.generated[rows]).any(-1)
 
+    def _ending(self, rows: Tensor, canvas: Tensor, start: Tensor) -> Tensor:
+        """(b,) True = the text ends with this block if its draft stays, so nothing need be drafted behind it."""
+        positions = self.reader.positions(start, self.size)
+        ends = torch.isin(canvas.gather(1, positions), self.eos) & self.generated[rows].gather(1, positions)
+        return ends.any(-1) | (start + self.size >= self.ends[rows])
+
     def _draft(self, rows: Tensor, logits: Tensor) -> None:
         """Masks of the open blocks of `rows` get the argmax of aligned logits (b, K, V)."""
         positions = self.reader.positions(self.start[rows], self.size)
         ids = self.canvas[rows].gather(1, positions)
         self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, logits.argmax(-1), ids))
+        self.belief[rows] = self.belief[rows].scatter(1, positions, logits.log_softmax(-1).amax(-1))
 
     def _verify(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written (or, with slack, finds too improbable)
@@ -47,8 +57,11 @@ class _Speculation:
         ids, (top, own) = self.canvas[rows].gather(1, positions), logits.max(-1)
         right = (ids == own) if self.slack == 0 else top - logits.gather(-1, ids[..., None]).squeeze(-1) <= self.slack
         count = (right | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
-        wrong = self.reader.columns[:self.size] == count[:, None]
-        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(wrong, own, ids))
+        column, belief = self.reader.columns[:self.size], self.belief[rows].gather(1, positions)
+        sure = logits.log_softmax(-1).amax(-1)
+        other = (column > count[:, None]) & (sure > belief + SURER) | (column == count[:, None])
+        self.belief[rows] = self.belief[rows].scatter(1, positions, torch.where(other, sure, belief))
+        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(other, own, ids))
         self.sure[rows] = self.start[rows] + (count + 1).clamp(max=self.size)
         return count == self.size
 
@@ -62,10 +75,9 @@ class _Speculation:
 
     def step(self) -> None:
         """One forward of every live row: verifies its block and drafts the next one."""
-        live, reader = self.live, self.reader
-        whole = torch.ones_like(live, dtype=torch.bool)
-        read = reader.read(self.canvas[live], self.start[live], live, whole, whole, ~whole, verify=True)
-        closed = self._verify(live, reader.align(read.copy, reader.carry))
+        live, reader, canvas, start = self.live, self.reader, self.canvas[self.live], self.start[self.live]
+        read = reader.verify(canvas, start, live, ~self._ending(live, canvas, start))
+        closed = self._verify(live, reader.align(read.own, reader.carry))
         reader.advance(closed, read.last)
         self.start[live[closed]] += self.size
         done = self._finished(live, self.sure[live])
@@ -81,9 +93,10 @@ class _Speculation:
 def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask: Tensor | None = None, tolerance: float = 1.0) -> Decoded:
     """The text of `ar_decode`, token for token (up to ties in floating point), in fewer forwards; arguments and result as in `edit_decode`.
 
-    A forward verifies the drafted block and drafts the next one on it; if all of it stays, that was K tokens. Otherwise the AR mode's own
-    choice takes the place of the first wrong token, and the next forward verifies what was drafted behind it. So a block costs 1 forward
-    and 1 more for each rejection, K + 1 at most. tolerance in (0, 1]: a drafted token also stays while it is at least that many times as
+    A forward verifies the drafted block and, unless the draft ends the text, drafts the next one on it; if all of it stays, that was K
+    tokens. Otherwise the AR mode's own choice takes the place of the first wrong token, and the next forward verifies what was drafted
+    behind it, or what the AR mode wrote there where it is much surer (it has read the wrong token; the draft has read none). So a block
+    costs 1 forward and 1 more for each rejection, K + 1 at most. tolerance in (0, 1]: a drafted token also stays while it is at least that many times as
     probable as the AR mode's favourite; below 1 the text is no longer the AR mode's (typical acceptance without its entropy, Medusa,
     arXiv 2401.10774). Raises HildaError for another tolerance, and for a model without a causal context, whose AR mode is
     not what commits a block.
