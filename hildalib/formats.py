@@ -84,5 +84,6 @@ def measure(model, name: str, *, size: int, context: int, seconds: float = 1.0) 
 
 
 def table(model, names: list[str], *, size: int, context: int) -> pd.DataFrame:
-    """`measure` of each format in `names`."""
-    return pd.DataFrame([measure(model, name, size=size, context=context) for name in names])
+    """`measure` of each format in `names`, if any."""
+    rows = [measure(model, name, size=size, context=context) for name in names]
+    return pd.DataFrame(rows, columns=["format", "milliseconds", "megabytes", "compile_s", "reason"])

@@ -252,6 +252,7 @@ class Speed(Common):
     batch_size: int = field(64, "prompts decoded together", low=1)
     max_new_tokens: int = field(32, "tokens of an answer", low=1)
     chat: bool = field(False, "wrap prompts in the chat template")
+    dtype: str = field("float32", "of weights and arithmetic; in bfloat16 sums of other shapes round to other tokens now and then", choices=("float32", "bfloat16"))
     arms: list[str] = field(["gated", "continued", "pipelined", "CARD", "full sequence"], "what is trained here")
     steps: int = field(4, "optimiser steps of each", low=1)
     train_rows: int = field(6, "rows in such a step", low=1)

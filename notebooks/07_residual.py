@@ -74,7 +74,7 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, layout, params, paths, stages, tasks
+from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, layout, params, paths, stages, tasks
 from hildalib.decoding import EditSettings
 from hildalib.recipe import arm
 from hildalib.residual import Residual, Smoothing
@@ -106,10 +106,11 @@ def load(notebook: str, name: str):
 reference, tokenizer = load("03_sft", "dLLM")
 record = reference.config.hilda
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed,
-                           vocab_size=reference.get_input_embeddings().num_embeddings)
+                           vocab_size=len(reference.get_input_embeddings().weight))
 kept = {key: record[key] for key in ("label_shift", "causal_context")}
 recipe = stages.recipe_of(params.of(NOTEBOOK, globals()), BlockSchedule(stable=(record["block_size"], steps)),
-                          "residual", seed=seed + 1_000, **kept)  # rows in a new order
+                          "residual", seed=seed + 1_000, **kept,  # rows in a new order
+                          adapter_rank=gated.rank(reference), adapter_lr=lr if gated.is_gated(reference) else 0.0)
 teacher = load("02_wsd", "AR twin")[0] if kl_weight else None
 logs = []
 for name in arms:

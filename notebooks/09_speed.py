@@ -35,6 +35,7 @@ rounds = 1
 batch_size = 64
 max_new_tokens = 32
 chat = False
+dtype = "float32"
 arms = ["gated", "continued", "pipelined", "CARD", "full sequence"]
 steps = 4
 train_rows = 6
@@ -84,8 +85,8 @@ NOTEBOOK = "09_speed"
 output, folder = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir(profile, NOTEBOOK, seed)
 models, benchmark = {}, tasks.load(task)
 for name in ("dLLM", "AR twin"):
-    models[name], tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", name, seed), dtype="float32")
-size = models["dLLM"].config.hilda["block_size"]
+    models[name], tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", name, seed), dtype=dtype)
+size, vocabulary = models["dLLM"].config.hilda["block_size"], len(models["AR twin"].get_input_embeddings().weight)
 
 # %% [markdown]
 # ## Five more models
@@ -99,8 +100,7 @@ size = models["dLLM"].config.hilda["block_size"]
 # All see the pairs of notebook 03 for the same number of steps.
 
 # %%
-rows = artefacts.load_rows(profile, "01_data", "sft-train", seed,
-                           vocab_size=models["AR twin"].get_input_embeddings().num_embeddings)
+rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 kept = {key: models["dLLM"].config.hilda[key] for key in ("label_shift", "causal_context")}
 recipe = Recipe(schedule=BlockSchedule(stable=(size, steps)), batch_size=train_rows, lr=lr, suffix_share=suffix_share,
                 full_share=full_share, context_weight=context_weight, draft_share=0.5, edit_rate=0.02, keep_weight=0.1,
@@ -134,11 +134,12 @@ def seen(name: str) -> dict:
 for name in arms:
     models[name] = started(name)
     train(models[name], tokenizer, seen(name), ways[name][1], folder / name, parent=models["AR twin"], title=name)
+    models[name].to(models["dLLM"].dtype)
 
 # %% [markdown]
 # ## One by one
 #
-# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. The twin decodes greedily with its cache, once in the straight lines that the diffusion decoders use too (`speed` is a multiple of this) and once by Transformers' `generate`, which is what a user of the parent would call (`of_generate`). Of the dLLM's texts
+# A person at a laptop asks one question at a time. All contestants take turns on the same prompts, several rounds long, and speeds are compared within a round, in processor time. Weights are in `dtype`. The twin decodes greedily with its cache, once in the straight lines that the diffusion decoders use too (`speed` is a multiple of this) and once by Transformers' `generate`, which is what a user of the parent would call (`of_generate`). Of the dLLM's texts
 #
 # - *S* and *Q* are its own, at the thresholds of notebook 04;
 # - *own AR text* is that of its block-size-1 mode: it drafts a block and keeps what that mode would have written (`self_speculate`);
@@ -188,7 +189,7 @@ print(alone[columns].round(2).to_string(index=False))
 # S2D2 stands beside editing, of which it has a share: the same edits at Q's threshold, and in some forwards a second one in which the model at block size 1 accepts a drafted run token by token, by a draw as published, or (ours) where the draft is its own choice. The model that reads in both directions is decoded with the keys of the whole text read anew in every forward, or once a block: then what stands before the block (prefix), and behind it too (dual), is as old as the block.
 
 # %%
-frequencies = commit.unigram(rows["input_ids"], models["dLLM"].get_input_embeddings().num_embeddings)
+frequencies = commit.unigram(rows["input_ids"], vocabulary)
 
 
 def rule_of(words: str) -> EditSettings:
@@ -328,7 +329,7 @@ for row in weighed.query("reason == '' and format != 'compiled'").index:
         weighed.loc[row, column] = part[column]
     del models[name]
 weighed.to_csv(output / "formats.csv", index=False)
-print(weighed.round(3).to_string(index=False))
+print(weighed.round(3).to_string(index=False) if formats else "no formats asked for")
 
 # %% [markdown]
 # ## The two floors

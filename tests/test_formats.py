@@ -45,5 +45,6 @@ def test_a_format_that_does_not_run_says_why_in_its_row(monkeypatch):
     rows = formats.table(model, ["float32", "int4, packed"], size=4, context=8)
     assert rows.milliseconds[0] > 0 and rows.reason[0] == "" and rows.megabytes[0] == pytest.approx(formats.weight_bytes(model) / 1e6)
     assert "does not run here" in rows.reason[1] and rows.milliseconds.isna()[1]
+    assert formats.table(model, [], size=4, context=8).query("reason == ''").empty
     with pytest.raises(HildaError, match="'int3' is unknown"):
         formats.convert(model, "int3")

@@ -10,6 +10,7 @@ from tiny import MASK, as_rows, text, tiny
 from hildalib import HildaError, attention, backbones
 from hildalib.decoding import EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, pipeline_decode, revise, self_speculate
 from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.compression import targets
 from hildalib.decoding.forward import Forward, is_straight
 from hildalib.gated import draft_as, gate, is_gated, noisy_rows, read_clean
 from hildalib.layout import Layout, target_logits
@@ -299,6 +300,14 @@ def test_decoders_write_the_same_in_straight_lines_and_through_peft(pair, monkey
         for name in ("ids", "forwards", "positions_fed"):
             assert torch.equal(getattr(out, name), getattr(expected, name))
         assert not (out.ids == MASK).any()
+
+
+def test_what_a_context_is_worth_is_asked_of_the_parent_which_reads_it(pair):
+    parent, model, _ = pair
+    ids = text(rows=2, length=8)[0]
+    with torch.no_grad():
+        for mine, parents in zip(targets(model, ids), targets(parent, ids)):
+            assert len(mine) == len(parents) == 2 and all(torch.equal(one, other) for one, other in zip(mine, parents))
 
 
 def test_foreign_adapters_keep_their_own_forward(pair):

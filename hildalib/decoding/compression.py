@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding.cache import BlockCache
+from hildalib.gated import is_gated
 
 Scorer = Callable[[int, Tensor, Tensor], Tensor]  # (layer, attention input (n, D), keys (n, heads, D_head)) -> (n, heads), the lowest go first
 
@@ -186,7 +187,8 @@ def targets(model, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     finally:
         model.set_attn_implementation(kind)
     inputs, wanted = [], []
-    for layer, attention, stream in zip(model.model.layers, out.attentions, out.hidden_states):
+    plain = model.get_base_model() if is_gated(model) else model  # what reads a context is the parent
+    for layer, attention, stream in zip(plain.model.layers, out.attentions, out.hidden_states):
         at, hidden = layer.self_attn, layer.input_layernorm(stream)
         heads, width = at.config.num_attention_heads, at.head_dim
         values = at.v_proj(hidden).view(*ids.shape, -1, width)  # (N, L, key heads, D)

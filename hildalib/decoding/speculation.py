@@ -48,7 +48,7 @@ class _Speculation:
         positions = self.reader.positions(self.start[rows], self.size)
         ids = self.canvas[rows].gather(1, positions)
         self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, logits.argmax(-1), ids))
-        self.belief[rows] = self.belief[rows].scatter(1, positions, logits.log_softmax(-1).amax(-1))
+        self.belief[rows] = self.belief[rows].scatter(1, positions, logits.float().log_softmax(-1).amax(-1))
 
     def _verify(self, rows: Tensor, logits: Tensor) -> Tensor:
         """Tokens up to the first one that the AR mode, aligned logits (b, K, V), would not have written (or, with slack, finds too improbable)
@@ -58,7 +58,7 @@ class _Speculation:
         right = (ids == own) if self.slack == 0 else top - logits.gather(-1, ids[..., None]).squeeze(-1) <= self.slack
         count = (right | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
         column, belief = self.reader.columns[:self.size], self.belief[rows].gather(1, positions)
-        sure = logits.log_softmax(-1).amax(-1)
+        sure = logits.float().log_softmax(-1).amax(-1)
         other = (column > count[:, None]) & (sure > belief + SURER) | (column == count[:, None])
         self.belief[rows] = self.belief[rows].scatter(1, positions, torch.where(other, sure, belief))
         self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(other, own, ids))
