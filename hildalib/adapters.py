@@ -1,7 +1,7 @@
 """LoRA on a frozen base, and what keeps its step cheap: nothing that is frozen is copied, cast or differentiated again and again.
 
-Entry points: `with_lora`; `mask_row` (a learned [MASK] embedding without a copy of the table), `halved` (frozen weights in bfloat16 while adapters
-train). Adapters that act on noisy rows only: `gated`.
+Entry points: `with_lora`; `fit` (to the difference of two models), `mask_row` (a learned [MASK] embedding without a copy of the table), `halved`
+(frozen weights in bfloat16 while adapters train). Adapters that act on noisy rows only: `gated`.
 """
 
 import contextlib
@@ -26,6 +26,23 @@ def with_lora(model: PreTrainedModel, lora: int | dict):
             return mask_row(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)))
     except (TypeError, ValueError) as error:
         raise HildaError(f"lora={lora!r}: {error}; give a rank >= 1 or keyword arguments of peft.LoraConfig") from error
+
+
+@torch.no_grad()
+def fit(model, donor) -> float:
+    """Sets the adapters of a peft model to what `donor`, a whole model of its shape, has other weights in those layers, cut to their rank (SVD, which
+    loses least). Returns the largest share of a layer's change (of its sum of squares) that is lost."""
+    theirs, reach, lost = dict(donor.named_modules()), model.peft_config["default"].r, 0.0
+    for name, part in model.get_base_model().named_modules():
+        if hasattr(part, "lora_A"):
+            left, strengths, right = torch.linalg.svd((theirs[name].weight - part.base_layer.weight).float(), full_matrices=False)
+            root, whole = strengths[:reach].sqrt(), strengths.square().sum()
+            for factor in (part.lora_A["default"].weight, part.lora_B["default"].weight):
+                factor.zero_()  # a rank above the layer's own stays empty
+            part.lora_A["default"].weight[:len(root)] = root[:, None] * right[:reach]
+            part.lora_B["default"].weight[:, :len(root)] = left[:, :reach] * root / part.scaling["default"]
+            lost = max(lost, float(strengths[reach:].square().sum() / whole.clamp(min=1e-30)))
+    return lost
 
 
 def mask_row(model):

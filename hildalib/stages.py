@@ -95,10 +95,15 @@ def conversion(values: Mapping) -> Stage:
 
 
 def origins(values: Mapping) -> dict[str, Path]:
-    """Arm of notebook 03 -> folder of the model of 02 that it starts from: its own, or where 02 has none, the dLLM."""
-    profile, seed = values["profile"], values["seed"]
+    """Arm of notebook 03 -> the model that it starts from: its own of 02, or where 02 has none, the dLLM; the twin with `twin_rank` from the base of
+    the dLLM's adapters. HildaError where there are no such adapters."""
+    profile, seed, found = values["profile"], values["seed"], {}
     there = {path.parent.name for path in paths.checkpoint_dir(profile, "02_wsd", seed).glob("*/model")}
-    return {name: artefacts.model_folder(profile, "02_wsd", name if name in {*there, "AR twin"} else "dLLM", seed) for name in values["arms"]}
+    for name in values["arms"]:
+        bare = name == "AR twin" and values["twin_rank"]
+        folder = artefacts.model_folder(profile, "02_wsd", name if name in {*there, "AR twin"} and not bare else "dLLM", seed)
+        found[name] = backbones.base_of(folder) if bare else folder
+    return found
 
 
 def tuning(values: Mapping) -> Stage:
@@ -109,7 +114,9 @@ def tuning(values: Mapping) -> Stage:
         return backbones.load(folders[name], dtype=values["weights"], base=artefacts.model_folder(profile, "03_sft", base, seed) if base else None)
 
     def start(name: str, recipe: Recipe):
-        return load(name, values["adapter_base"] if recipe.adapter_rank else "")[0]
+        model = load(name, values["adapter_base"] if recipe.adapter_rank else "")[0]
+        torch.manual_seed(seed)  # adapters are drawn from the global stream
+        return backbones.with_lora(model, values["twin_rank"]) if name == "AR twin" and values["twin_rank"] else model
 
     converted = next((name for name in values["arms"] if name != "AR twin"), "")
     first, tokenizer = load(converted or "AR twin")

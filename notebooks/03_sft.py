@@ -48,6 +48,7 @@ ar_share = 0.0
 context_weight = 1.0
 adapter_lr = 0.0
 adapter_base = ""
+twin_rank = 0
 weights = "float32"
 head_rows = 0
 kl_weight = 0.0
@@ -81,7 +82,7 @@ NOTEBOOK = "03_sft"
 #
 # In a share of the blocks (`suffix_share`) the masks are the last positions of the block, the state of a block that is being written from left to right. Masks at random places often leave visible what stands behind a token and gives it away: in `45+35=▨▨;80` the sum can be copied, in `45+35=▨▨▨▨▨` it must be computed.
 #
-# Where notebook 02 made the dLLM of adapters over a frozen parent, that parent reads and verifies, and tuning the adapters teaches it no format. With `adapter_base` the twin is tuned first, and the adapters go on learning over its weights, drawn to its distribution (`kl_weight`). What such a model writes when it verifies its drafts is the twin's text to the letter; the adapters decide how fast (notebook 05).
+# Where notebook 02 made the dLLM of adapters over a frozen parent, that parent reads and verifies, and tuning the adapters teaches it no format. With `adapter_base` the twin is tuned first, and the adapters go on learning over its weights, drawn to its distribution (`kl_weight`). What such a model writes when it verifies its drafts is the twin's text to the letter; the adapters decide how fast (notebook 05). With `twin_rank` the twin itself is tuned in adapters, over the model that those of 02 lie on, so that both together are small enough to hand out (`hilda export --to adapter`).
 
 # %%
 given = params.of(NOTEBOOK, globals())

@@ -114,6 +114,44 @@ def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_
         stages.tuning(values)
 
 
+def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(data, tmp_path, monkeypatch):
+    """twin_rank: the twin starts at what the dLLM's adapters lie on; both changes together are a folder of adapters that loads beside that model's name."""
+    model, tokenizer = nano(32, 2)
+    model.config.hilda |= {"parent": "named/model"}
+    base = backbones.save(model, tokenizer, tmp_path / "named")
+    fetch = backbones.fetch
+    monkeypatch.setattr(backbones, "fetch", lambda name: base if str(name) == "named/model" else fetch(name))
+    gates = {"adapter_rank": 4, "adapter_lr": 0.01, "context_weight": 0.0, "ar_share": 0.0, "warmup": [[2, 1]], "decay": [[8, 2]], "model": "named/model"}
+    stages.conversion(params.load("02_wsd", "smoke", {**gates, "arms": ["dLLM"]})).train("dLLM")
+    artefacts.save_rows(artefacts.load_rows("smoke", "01_data", "train"), "smoke", "01_data", "sft-train")
+    values = params.load("03_sft", "smoke", {"arms": ["AR twin", "dLLM"], "adapter_base": "AR twin", "twin_rank": 3, "adapter_lr": 0.01, "context_weight": 0.0,
+                                             "steps": 3, "lr": 0.02})
+    tuned = stages.tuning(values)
+    for name in values["arms"]:
+        tuned.train(name)
+    folder = artefacts.model_folder("smoke", "03_sft", "dLLM")
+    done = exports.export(folder, "adapter", tmp_path / "out")
+    assert {file.name for file in (done.folder / "twin").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "hilda.json"}
+    assert "beside named/model" in str(done) and str(tmp_path) not in "".join(file.read_text(encoding="utf-8") for file in done.folder.rglob("*.json"))
+    twin, handed = backbones.load(artefacts.model_folder("smoke", "03_sft", "AR twin"), dtype="float32", device="cpu")[0], backbones.load(done.folder, dtype="float32", device="cpu")[0]
+    parent = backbones.load("named/model", dtype="float32", device="cpu")[0]
+    ids = torch.randint(1, 20, (2, 16), generator=torch.Generator().manual_seed(0))
+    far, near = ((model(input_ids=ids).logits - twin(input_ids=ids).logits)[..., :-1].abs().max() for model in (parent, handed))
+    assert 0 < near < 0.02 * far
+    assert handed.peft_config["default"].r == 4 and backbones.load(done.folder / "twin", dtype="float32", device="cpu")[0].peft_config["default"].r == 3
+    with pytest.raises(HildaError, match="exported already"):
+        exports.export(done.folder, "adapter", tmp_path / "again")
+    whole = artefacts.model_folder("smoke", "03_sft", "AR twin")
+    changed = backbones.load(whole, dtype="float32", device="cpu")
+    with torch.no_grad():
+        changed[0].model.norm.weight += 0.5
+        changed[0].get_input_embeddings().weight[:70] += 0.1
+    backbones.save(*changed, whole)
+    monkeypatch.setattr("hildalib.handout.MOST", 16)
+    with pytest.raises(HildaError, match="tuned in all its weights.*twin_rank"):
+        exports.export(folder, "adapter", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("arguments, message", [(("04_decode",), "use 02_wsd or 03_sft"), (("02_wsd", "--profile", "smoke"), "needs the results of 01_data"),
                                                 (("02_wsd", "--set", "lrr=1"), "did you mean 'lr'")])
 def test_mistakes_are_explained(capsys, arguments, message):
