@@ -9,7 +9,8 @@ import logging
 
 __version__ = "0.1.0"
 
-for _name in ("torchao", "torch.utils._pytree"):  # the optional torchao, which Transformers and peft import, lists the kernels of other machines
+# What Transformers and peft import says in every process which kernels it has not found: torchao those of other machines, bitsandbytes one on a hub.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
