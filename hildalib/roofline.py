@@ -17,7 +17,7 @@ from hildalib.decoding.reader import Reader
 from hildalib.style import GREY, OKABE, need, styled
 
 SIDE = 1024  # of the square matmul whose rate is measured; large enough for full blocks of any cache
-STREAM = 64 * 2**20  # float32 weights of the matrix whose product with a vector measures bandwidth: beyond every cache
+STREAM = 64 * 2**20  # weights of the matrix whose product with a vector measures bandwidth: beyond every cache
 
 
 def _best(run, seconds: float) -> float:
@@ -32,33 +32,36 @@ def _best(run, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """flops: float32 operations a second of a large matmul; bandwidth: bytes a second of a matrix-vector product beyond all caches."""
+    """flops: operations a second of a large matmul; bandwidth: bytes a second of a matrix-vector product beyond all caches; both in `dtype`."""
 
     flops: float
     bandwidth: float
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, seconds: float = 1.0) -> "Machine":
+    def measure(cls, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> "Machine":
         """Of this process with its threads, the best in `seconds` for each."""
-        square, vector = torch.randn(SIDE, SIDE), torch.randn(SIDE)
-        tall = torch.randn(STREAM // SIDE, SIDE)
-        return cls(2 * SIDE**3 / _best(lambda: square @ square, seconds), 4 * STREAM / _best(lambda: tall @ vector, seconds))
+        square, vector = torch.randn(SIDE, SIDE, dtype=dtype), torch.randn(SIDE, dtype=dtype)
+        tall = torch.randn(STREAM // SIDE, SIDE, dtype=dtype)
+        found = _best(lambda: square @ square, seconds), _best(lambda: tall @ vector, seconds)
+        return cls(2 * SIDE**3 / found[0], dtype.itemsize * STREAM / found[1], dtype)
 
 
 def weights(model) -> tuple[int, int]:
     """Weights that every position is multiplied with, and those of the head, which only rows with logits meet."""
-    linear = [part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not model.get_output_embeddings()]
-    return sum(linear), model.get_output_embeddings().weight.numel()
+    head = model.get_output_embeddings()
+    head = head.token_adapter.base_layer if hasattr(head, "token_adapter") else head  # of a gated model
+    return sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head), head.weight.numel()
 
 
 def floors(model, machine: Machine, positions: int, context: int) -> dict[str, float]:
     """Seconds that `positions` positions in one forward take at least: for their matmuls (attention to `context` keys included), and
-    for reading the weights once (float32, as decoded here; what fits a cache can be read faster)."""
+    for reading the weights once (what fits a cache can be read faster). machine: measured in the dtype of the weights."""
     body, head = weights(model)
     config = model.config
     scores = 4 * config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
-    return {"matmul_s": positions * (2 * (body + head) + scores * context) / machine.flops, "memory_s": 4 * (body + head) / machine.bandwidth}
+    return {"matmul_s": positions * (2 * (body + head) + scores * context) / machine.flops, "memory_s": machine.dtype.itemsize * (body + head) / machine.bandwidth}
 
 
 def random_llama(hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, vocabulary: int):

@@ -337,11 +337,11 @@ print(weighed.round(3).to_string(index=False) if formats else "no formats asked 
 # Tokens per forward are not a speed. A forward reads the weights once and multiplies them with every position; while reading takes longer than multiplying, more positions are free. Where that ends depends on the machine and on the size of the model.
 
 # %%
-machine = roofline.Machine.measure()
+machine = roofline.Machine.measure(dtype=models["dLLM"].dtype)
 print(f"matmul {machine.flops / 1e9:.0f} GFLOP/s, memory {machine.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
 timed = {f"this model, {models['dLLM'].num_parameters() / 1e6:.1f} M": models["dLLM"]}
 if shape:
-    other = roofline.random_llama(*shape)
+    other = roofline.random_llama(*shape).to(machine.dtype)
     timed[f"random Llama, {other.num_parameters() / 1e6:.0f} M"] = other
 grid = dict(sizes=sizes, batches=batches, context=context)
 costs = pd.concat([roofline.measure(model, machine, **grid).assign(model=name) for name, model in timed.items()],

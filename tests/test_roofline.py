@@ -5,6 +5,8 @@ import torch
 from tiny import tiny
 
 from hildalib import HildaError, roofline
+from hildalib.adapters import with_lora
+from hildalib.gated import gate
 
 
 def test_floors_by_hand():
@@ -29,6 +31,17 @@ def test_one_row_a_shape_and_the_model_is_left_as_it_was():
         roofline.figure(table)
 
 
-def test_the_machine_is_measured():
-    machine = roofline.Machine.measure(0.05)
-    assert machine.flops > 1e6 and machine.bandwidth > 1e6
+def test_half_the_bytes_and_the_adapters_of_noisy_rows_count():
+    model, _ = tiny()
+    wide, head = roofline.weights(model)
+    halved = roofline.floors(model, roofline.Machine(1e9, 1e8, torch.bfloat16), positions=8, context=20)
+    assert halved["memory_s"] == pytest.approx(2 * (wide + head) / 1e8)
+    gated = gate(with_lora(tiny()[0], 4))
+    added = sum(p.numel() for name, p in gated.named_parameters() if "lora_" in name)
+    assert roofline.weights(gated) == (wide + added, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_machine_is_measured(dtype):
+    machine = roofline.Machine.measure(0.05, dtype)
+    assert machine.flops > 1e6 and machine.bandwidth > 1e6 and machine.dtype == dtype
