@@ -61,6 +61,7 @@ def end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
     """Write (y in data units, text, colour) right of the axes, moved apart where lines end close to each other."""
     gap = 10.5 / (ax.get_position().height * ax.get_figure().get_figheight() * 72)  # 8-point text needs 10.5 points
     to_axes = ax.transAxes.inverted()
+    ax.get_ylim()  # settles limits that what was drawn last has moved; transforms do not
     rows = sorted((float(to_axes.transform(ax.transData.transform((0, y)))[1]), text, colour) for y, text, colour in labels)
     heights = [row[0] for row in rows]
     for _ in range(100):  # neighbours push each other apart by halves; a hundred rounds settle a dozen labels

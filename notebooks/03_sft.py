@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) and [02 · Conversion](02_wsd.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 20 seconds. Profile nano: 9 minutes on two threads.
+# **Time.** Smoke: about 20 seconds. Profile nano: 14 minutes on two threads.
 #
 # **Outputs.** Tuned models under `outputs/<profile>/03_sft/checkpoints`, `losses.csv`, `validation.csv`, two figures, and text that the models wrote.
 
@@ -152,7 +152,7 @@ artefacts.write_metrics({"steps": steps, "response_tokens": response_tokens,
 # %% [markdown]
 # ## What we learned
 #
-# In three runs of profile nano a held-out answer cost 0.03 to 0.10 nats per masked token at t = 0.15 and 0.14 to 0.23 with all of a block masked, about what the last training steps cost: what is missing is training, not memory. A next-token loss on the context that counts three times (`context_weight`) was worth more than steps: with it 1,700 steps left Q mode 0.8, 3.2 and 2.8 points behind the twin; with weight 1, 2,000 steps left two of these runs 3.6 and 5.2 points behind (notebook 05, test prompts).
+# In three runs of profile nano a held-out answer costs 0.01 to 0.05 nats per masked token at t = 0.15 and 0.04 to 0.17 with all of a block masked, about what the last training steps cost: what is missing is training, not memory. Q mode is 0.2, 0.6 and 3.0 points behind the twin after these 2,600 steps (notebook 05, test prompts); after 1,700 it was 0.8, 3.2 and 2.8. A next-token loss on the context that counts three times (`context_weight`) was worth more than steps: with weight 1, 2,000 steps left two of these runs 3.6 and 5.2 points behind.
 #
 # Profile smol (one run, 323,338 response tokens of stories and five tasks, 300 steps): the twin's loss falls from 1.51 nats to 1.0, most of it in the first 40 steps. Over it the adapters' KL to it falls from 1.66 to 1.15, a masked token from 2.29 to about 2.0 (held out: 1.36 with few masks, 2.60 with all of a block masked). Tuned over the parent that 02 had frozen instead, Q mode answered 1 of 140 test prompts right: what reads had not learned the format, and adapters on other rows cannot make up for that.
 #

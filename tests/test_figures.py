@@ -169,6 +169,16 @@ def test_arms_keep_their_colour_whatever_their_company():
     assert len(set(many.values())) == 5
 
 
+def test_a_label_stands_beside_a_line_that_has_just_moved_the_limits():
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], [0.6, 0.6])
+    ax.figure.draw_without_rendering()
+    ax.axhline(0.3)
+    end_labels(ax, [(0.6, "line", "k"), (0.3, "below", "k")])
+    assert all(-0.1 < text.xy[1] < 1.1 for text in ax.texts)
+    plt.close(fig)
+
+
 def test_end_labels_of_close_lines_do_not_overlap():
     _, ax = plt.subplots()
     ax.set_ylim(0, 1)
