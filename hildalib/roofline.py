@@ -17,7 +17,7 @@ from hildalib.decoding.reader import Reader
 from hildalib.style import GREY, OKABE, need, styled
 
 SIDE = 1024  # of the square matmul whose rate is measured; large enough for full blocks of any cache
-STREAM = 64 * 2**20  # weights of the matrix whose product with a vector measures bandwidth: beyond every cache
+STREAM = 64 * 2**20  # weights of the matrix whose product with one row, as a decode does it, measures bandwidth: beyond every cache
 
 
 def _best(run, seconds: float) -> float:
@@ -32,7 +32,7 @@ def _best(run, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """flops: operations a second of a large matmul; bandwidth: bytes a second of a matrix-vector product beyond all caches; both in `dtype`."""
+    """flops: operations a second of a large matmul; bandwidth: bytes a second of a matrix beyond all caches that is multiplied with one row; both in `dtype`."""
 
     flops: float
     bandwidth: float
@@ -42,9 +42,9 @@ class Machine:
     @torch.inference_mode()
     def measure(cls, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> "Machine":
         """Of this process with its threads, the best in `seconds` for each."""
-        square, vector = torch.randn(SIDE, SIDE, dtype=dtype), torch.randn(SIDE, dtype=dtype)
+        square, row = torch.randn(SIDE, SIDE, dtype=dtype), torch.randn(1, SIDE, dtype=dtype)
         tall = torch.randn(STREAM // SIDE, SIDE, dtype=dtype)
-        found = _best(lambda: square @ square, seconds), _best(lambda: tall @ vector, seconds)
+        found = _best(lambda: square @ square, seconds), _best(lambda: torch.mm(row, tall.t()), seconds)
         return cls(2 * SIDE**3 / found[0], dtype.itemsize * STREAM / found[1], dtype)
 
 
