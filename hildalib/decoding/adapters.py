@@ -1,7 +1,7 @@
 """The layers of a gated model as functions of rows of which the clean ones come first: W x for those, W x + s B A x behind them.
 
-Both halves share one matmul with W, so that clean rows have the parent's numbers and W is read once; weights merged beforehand, W + s B A beside W, would
-be read twice as much. Entry points: `Gate` (its `cut` is the number of clean rows of a forward), `fits`.
+Both halves share one matmul with W, so that clean rows have the parent's numbers and W is read once; s B A is multiplied out where it is no larger than
+its factors. Entry points: `Gate` (its `cut` is the number of clean rows of a forward), `fits`.
 """
 
 import torch
