@@ -29,20 +29,18 @@ def with_lora(model: PreTrainedModel, lora: int | dict):
 
 
 @torch.no_grad()
-def fit(model, donor) -> float:
+def fit(model, donor) -> None:
     """Sets the adapters of a peft model to what `donor`, a whole model of its shape, has other weights in those layers, cut to their rank (SVD, which
-    loses least). Returns the largest share of a layer's change (of its sum of squares) that is lost."""
-    theirs, reach, lost = dict(donor.named_modules()), model.peft_config["default"].r, 0.0
+    loses least)."""
+    theirs, reach = dict(donor.named_modules()), model.peft_config["default"].r
     for name, part in model.get_base_model().named_modules():
         if hasattr(part, "lora_A"):
             left, strengths, right = torch.linalg.svd((theirs[name].weight - part.base_layer.weight).float(), full_matrices=False)
-            root, whole = strengths[:reach].sqrt(), strengths.square().sum()
+            root = strengths[:reach].sqrt()
             for factor in (part.lora_A["default"].weight, part.lora_B["default"].weight):
                 factor.zero_()  # a rank above the layer's own stays empty
             part.lora_A["default"].weight[:len(root)] = root[:, None] * right[:reach]
             part.lora_B["default"].weight[:, :len(root)] = left[:, :reach] * root / part.scaling["default"]
-            lost = max(lost, float(strengths[reach:].square().sum() / whole.clamp(min=1e-30)))
-    return lost
 
 
 def mask_row(model):

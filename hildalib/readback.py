@@ -49,6 +49,7 @@ def logits_of(model, masked: bool = True) -> Tensor:
 
 
 def compared(form: str, folder: Path, found: Tensor, source: Tensor, note: str = "") -> Exported:
+    """Of the logits (n, 2, 24, V) that were read back, `found`, beside those of the source."""
     ours, theirs = source.log_softmax(-1), found.log_softmax(-1)
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
     largest = float((found - source).abs().max() / source.abs().max().clamp(min=1.0))
@@ -56,4 +57,5 @@ def compared(form: str, folder: Path, found: Tensor, source: Tensor, note: str =
 
 
 def checked(exported: Exported) -> str:
+    """What reading it back showed, in words, without form and folder."""
     return str(exported).partition("\n")[2]

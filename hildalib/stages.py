@@ -102,6 +102,8 @@ def origins(values: Mapping) -> dict[str, Path]:
     for name in values["arms"]:
         bare = name == "AR twin" and values["twin_rank"]
         folder = artefacts.model_folder(profile, "02_wsd", name if name in {*there, "AR twin"} and not bare else "dLLM", seed)
+        if bare and not (folder / backbones.ADAPTER_RECORD).is_file():
+            raise HildaError(f"twin_rank = {values['twin_rank']}: notebook 02 made no adapters on noisy rows; set its adapter_rank, or twin_rank to 0")
         found[name] = backbones.base_of(folder) if bare else folder
     return found
 
@@ -115,8 +117,10 @@ def tuning(values: Mapping) -> Stage:
 
     def start(name: str, recipe: Recipe):
         model = load(name, values["adapter_base"] if recipe.adapter_rank else "")[0]
+        if name != "AR twin" or not values["twin_rank"]:
+            return model
         torch.manual_seed(seed)  # adapters are drawn from the global stream
-        return backbones.with_lora(model, values["twin_rank"]) if name == "AR twin" and values["twin_rank"] else model
+        return backbones.with_lora(model, values["twin_rank"])
 
     converted = next((name for name in values["arms"] if name != "AR twin"), "")
     first, tokenizer = load(converted or "AR twin")

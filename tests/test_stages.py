@@ -112,6 +112,9 @@ def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_
     monkeypatch.setattr(stages.gated, "rank", lambda _: 0)
     with pytest.raises(HildaError, match="made no adapters"):
         stages.tuning(values)
+    (artefacts.model_folder("smoke", "02_wsd", "dLLM") / backbones.ADAPTER_RECORD).unlink()
+    with pytest.raises(HildaError, match="twin_rank = 3.*made no adapters"):
+        stages.origins(values | {"twin_rank": 3})
 
 
 def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(data, tmp_path, monkeypatch):
