@@ -11,7 +11,6 @@ import time
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -19,8 +18,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hildalib import HildaError, attention
 from hildalib.decoding import Decoded, EditSettings, commit, edit_decode
 from hildalib.decoding.forward import Forward
+from hildalib.decoding.linear import linear
 
 NO_DIFFUSERS = "diffusers, with LLaDA2Pipeline, is not installed, so there is only the floor to compare with; pip install -U diffusers"
+MATMULS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")  # names under which the profiler files those with weights
 
 
 def random_model(block_size: int = 32, *, hidden: int = 512, layers: int = 8, heads: int = 8, key_heads: int = 4, intermediate: int = 1408,
@@ -106,13 +107,14 @@ def _linear(model) -> list[torch.nn.Linear]:
 @torch.inference_mode()
 def matmuls(model, forwards: list[tuple[int, int]]) -> None:
     """The matmuls with weights of `forwards`, what `shapes` returned, and nothing else."""
-    layers, head = _linear(model), model.get_output_embeddings().weight
-    widths = {layer.in_features for layer in layers} | {head.shape[1]}
+    head = model.get_output_embeddings().weight
+    layers, ends = [(layer.in_features, linear(layer.weight, layer.bias)) for layer in _linear(model)], linear(head)
+    widths = {width for width, _ in layers} | {head.shape[1]}
     inputs = {(rows, width): torch.randn(rows, width) for pair in {*forwards} for rows in pair for width in widths}
     for fed, asked in forwards:
-        for layer in layers:
-            F.linear(inputs[fed, layer.in_features], layer.weight, layer.bias)
-        F.linear(inputs[asked, head.shape[1]], head)
+        for width, layer in layers:
+            layer(inputs[fed, width])
+        ends(inputs[asked, head.shape[1]])
 
 
 def shares(run) -> dict[str, float]:
@@ -132,7 +134,7 @@ def shares(run) -> dict[str, float]:
     events = {event.key: event for event in seen.key_averages()}
     total, forward = (events[name].cpu_time_total for name in ("decode", "forward"))
     attend = sum(event.self_cpu_time_total for key, event in events.items() if key.startswith("aten::_scaled_dot_product"))
-    matmul = sum(event.self_cpu_time_total for key, event in events.items() if key in ("aten::mm", "aten::addmm"))
+    matmul = sum(event.self_cpu_time_total for key, event in events.items() if key in MATMULS)
     return {"matmul": matmul / total, "attention": attend / total, "forward, other": (forward - matmul - attend) / total,
             "loop and rules": (total - forward) / total}
 

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hildalib.decoding.linear import linear
 from hildalib.decoding.reader import Reader
 from hildalib.style import GREY, OKABE, need, styled
 
@@ -42,9 +43,9 @@ class Machine:
     @torch.inference_mode()
     def measure(cls, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> "Machine":
         """Of this process with its threads, the best in `seconds` for each."""
-        square, row = torch.randn(SIDE, SIDE, dtype=dtype), torch.randn(1, SIDE, dtype=dtype)
-        tall = torch.randn(STREAM // SIDE, SIDE, dtype=dtype)
-        found = _best(lambda: square @ square, seconds), _best(lambda: torch.mm(row, tall.t()), seconds)
+        square, row, tall = (torch.randn(rows, SIDE, dtype=dtype) for rows in (SIDE, 1, STREAM // SIDE))
+        large, stream = linear(square), linear(tall)
+        found = _best(lambda: large(square), seconds), _best(lambda: stream(row), seconds)
         return cls(2 * SIDE**3 / found[0], dtype.itemsize * STREAM / found[1], dtype)
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hildalib.decoding.linear import linear, linears
+
 
 def _layers(model) -> dict:
     """Layer with an adapter -> its weight and bias, and the factors of the adapter; sought once, for a walk through the modules takes as long as a
@@ -27,38 +29,42 @@ def fits(model) -> bool:
         and not getattr(part, "lora_variant", None) and part.lora_B["default"].bias is None for part in _layers(model))
 
 
-def _product(part, weight: Tensor, down: Tensor, up: Tensor) -> Tensor | None:
-    """s A' B' (in, out) of a layer whose factors are no smaller, kept until they change; None where they are."""
-    if down.numel() + up.numel() < weight.numel() or down.dtype != weight.dtype:
-        return None
-    state = (down.data_ptr(), down._version, up.data_ptr(), up._version)
-    if getattr(part, "product", (None,))[0] != state:
-        part.product = state, part.scaling["default"] * (up @ down).t().contiguous()
-    return part.product[1]
+def _changes(parts: list, layers: dict) -> list[Tensor]:
+    """What the adapters of `parts`, which read the same rows, add together: [A (R, in), s B (out, R)], one below the other and block by block, or
+    their product [s B A (out, in)] where it is no larger; in the dtype of the weights, kept until the factors change."""
+    factors = [layers[part][2:] for part in parts]
+    state = [(tensor.data_ptr(), tensor._version) for pair in factors for tensor in pair] + [layers[parts[0]][0].dtype]
+    if getattr(parts[0], "changes", (None,))[0] != state:
+        downs, ups = zip(*((down.detach(), part.scaling["default"] * up.detach()) for part, (down, up) in zip(parts, factors)))
+        down, up = torch.cat(downs), torch.block_diag(*ups)
+        found = [up @ down] if down.numel() + up.numel() >= len(up) * down.shape[1] else [down, up]
+        parts[0].changes = state, [change.to(state[-1]) for change in found]
+    return parts[0].changes[1]
 
 
 class Gate:
     """cut: how many rows of what comes in, its first ones, are clean; set before each forward."""
 
     def __init__(self, model):
-        self.cut, self.parts = 0, _layers(model)
+        self.cut, self.layers = 0, _layers(model)
 
-    def function(self, part):
-        """A layer with an adapter as a function (N, in) -> (N, out); None for any other module."""
-        if part not in self.parts:
+    def functions(self, parts: list):
+        """Layers with adapters that read the same rows as a function (N, in) -> (N, out) of each; None for other modules."""
+        if not all(part in self.layers for part in parts):
             return None
-        weight, bias, down, up = self.parts[part]
-        product, scaling, weight, down, up = _product(part, weight, down, up), part.scaling["default"], weight.t(), down.t(), up.t()
+        weights, biases = zip(*(self.layers[part][:2] for part in parts))
+        base, changes = linears(weights, biases), [linear(change) for change in _changes(parts, self.layers)]
+        sizes = [len(weight) for weight in weights]
 
-        def run(x: Tensor) -> Tensor:
-            out = torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-            if self.cut >= len(x):
-                return out
-            if product is not None:
-                out[self.cut:].addmm_(x[self.cut:], product)
-            else:
-                out[self.cut:].add_(torch.mm(torch.mm(x[self.cut:].to(down.dtype), down), up), alpha=scaling)
-            return out
+        def run(x: Tensor):
+            outs = base(x)
+            if self.cut < len(x):
+                added = x[self.cut:]
+                for change in changes:
+                    added = change(added)
+                for out, more in zip(outs, added.split(sizes, -1)):
+                    out[self.cut:].add_(more)
+            return outs
 
         return run
 

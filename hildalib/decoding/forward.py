@@ -15,6 +15,7 @@ from torch import Tensor
 from hildalib import attention
 from hildalib.decoding import adapters
 from hildalib.decoding.cache import BlockCache
+from hildalib.decoding.linear import linear, linears
 from hildalib.gated import is_gated, noisy_rows
 from hildalib.layout import selected_rows
 
@@ -51,7 +52,7 @@ class Forward:
         self.rotary, self.turns = model.model.rotary_emb, None
         self.layers = [_layer(layer, self.gate) for layer in model.model.layers]
         head = model.lm_head.token_adapter.base_layer if hasattr(model.lm_head, "token_adapter") else model.lm_head
-        self.norm, self.head = _norm(model.model.norm), _function(head)
+        self.norm, self.head = _norm(model.model.norm), linear(head.weight, head.bias) if _is_plain(head) else head
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache, wanted: Tensor | None, *, real: Tensor | None = None,
                  asked: Tensor | None = None, noisy: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
@@ -83,18 +84,19 @@ class Forward:
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for number, layer in enumerate(self.layers):
             count, h = x.shape[0], layer.norm(x)
-            keys = _rotate(layer.norm_k(layer.k(h).view(count, -1, layer.width)), cos, sin)
+            queries, keys, values = (part.view(count, -1, layer.width) for part in layer.qkv(h))
+            keys = _rotate(layer.norm_k(keys), cos, sin)
             cache.note(slots, h, keys, number)
-            keys, values = cache.write(slots, keys, layer.v(h).view(count, -1, layer.width), number)
+            keys, values = cache.write(slots, keys, values, number)
             if number == len(self.layers) - 1 and packed is not None:
-                x, h, cos, sin, rows, count = x[packed], h[packed], cos[packed], sin[packed], ends, ends.shape[0]
+                x, queries, cos, sin, rows = x[packed], queries[packed], cos[packed], sin[packed], ends
                 if self.gate:
                     self.gate.cut = last
-            queries = _rotate(layer.norm_q(layer.q(h).view(count, layer.heads, layer.width)), cos, sin)
+            queries = _rotate(layer.norm_q(queries), cos, sin)
             read = _attend(_spread(queries, rows, shape), keys, values, cache.bias(bias, number, layer.heads)).transpose(1, 2).reshape(shape.numel(), -1)
-            x = layer.o(read if rows is None else read[rows]).add_(x)
-            h = layer.norm_after(x)
-            x = layer.down(layer.act(layer.gate(h)).mul_(layer.up(h))).add_(x)
+            x = layer.o(read if rows is None else read[rows])[0].add_(x)
+            gate, up = layer.gate_up(layer.norm_after(x))
+            x = layer.down(layer.act(gate).mul_(up))[0].add_(x)
         logits = self.head(self.norm(x))
         logits = logits if back is None else logits[back]
         if asked is None:
@@ -135,26 +137,23 @@ def _clean_first(index: Tensor | None, noisy: Tensor) -> tuple[Tensor | None, in
 def _layer(layer, gate: adapters.Gate | None) -> SimpleNamespace:
     """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
     at, mlp = layer.self_attn, layer.mlp
-    parts = {"q": at.q_proj, "k": at.k_proj, "v": at.v_proj, "o": at.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-    return SimpleNamespace(width=at.head_dim, heads=at.config.num_attention_heads, act=_activation(mlp.act_fn), norm=_norm(layer.input_layernorm),
+    parts = {"qkv": [at.q_proj, at.k_proj, at.v_proj], "o": [at.o_proj], "gate_up": [mlp.gate_proj, mlp.up_proj], "down": [mlp.down_proj]}
+    return SimpleNamespace(width=at.head_dim, heads=at.config.num_attention_heads, act=mlp.act_fn, norm=_norm(layer.input_layernorm),
                            norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
                            norm_k=_norm(getattr(at, "k_norm", None)),
-                           **{name: gate and gate.function(part) or _function(part) for name, part in parts.items()})
+                           **{name: gate and gate.functions(group) or _functions(group) for name, group in parts.items()})
 
 
-def _function(module):
-    """A linear layer that is just that, as a matmul (which takes half the time of F.linear at a row or two); anything else (quantised, with an
-    adapter or a hook) as it is."""
-    plain = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter  # torchao quantises the weight inside its layer
-    if not plain or module._forward_hooks or module._forward_pre_hooks:
-        return module
-    bias, weight = module.bias, module.weight.t()
-    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+def _functions(modules: list):
+    """Linear layers that are just that and read the same rows, as one function; others (quantised, with an adapter or a hook) as they are."""
+    if all(map(_is_plain, modules)):
+        return linears([module.weight for module in modules], [module.bias for module in modules])
+    return lambda x: [module(x) for module in modules]
 
 
-def _activation(module):
-    """SiLU in place, for what goes in is needed no more; another activation as it is."""
-    return partial(F.silu, inplace=True) if type(module).__name__ in ("SiLU", "SiLUActivation") else module
+def _is_plain(module) -> bool:
+    bare = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter  # torchao quantises the weight inside its layer
+    return bare and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _norm(module):
