@@ -67,7 +67,7 @@ def test_a_changed_weight_is_laid_out_anew(change):
 
 def test_a_layout_is_made_once_and_goes_with_its_weight(monkeypatch):
     made, call = [], laid.torch.ops.mkldnn._reorder_linear_weight
-    if not laid._fits([drawn(LARGE)]):
+    if not laid._pays([drawn(LARGE)]):
         pytest.skip("this PyTorch has no oneDNN: nothing is laid out")
     monkeypatch.setattr(laid, "_reorder", lambda *given: made.append(1) or call(*given))
     weight = torch.nn.Parameter(drawn(LARGE))
@@ -84,7 +84,7 @@ def test_a_layout_is_made_once_and_goes_with_its_weight(monkeypatch):
 @torch.inference_mode()
 def test_a_row_in_bfloat16_has_the_same_numbers_whatever_stands_beside_it():
     weight, x = drawn((1536, 576), 1, torch.bfloat16), drawn((16, 576), 2, torch.bfloat16)
-    if not laid._fits([weight]):
+    if not laid._pays([weight]):
         pytest.skip("this CPU has no bfloat16 kernels: PyTorch's own matmul is used")
     run = linear(weight)
     whole = run(x)

@@ -19,35 +19,30 @@ _layouts = WeakTensorKeyDictionary()  # the first weight -> what all were then, 
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x (N, in) -> x W' + b (N, out), W (out, in) as it is now. On a CPU a second copy of the weight is kept while the weight lives; to be called
-    where nothing is differentiated."""
-    if _fits([weight]):
+    """x (N, in) -> x W' + b (N, out), W (out, in) as it is now; to be called where nothing is differentiated. On a CPU a second copy of the weight
+    is kept while the weight lives, but of a small one in float32."""
+    if _pays([weight]):
         return _laid_out([weight], bias)
     turned = weight.t()  # a matmul takes half the time of F.linear at a row or two
     return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
 
 
 def linears(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """x (N, in) -> x W' + b of each weight, as `linear`, in one matmul where weights are laid out; those are slices of one tensor."""
-    if not _fits(weights) or len({bias is None for bias in biases}) > 1:
-        return _each([linear(weight, bias) for weight, bias in zip(weights, biases)])
+    """x (N, in) -> what `linear` makes of it with each weight; in one matmul where they are laid out together, and then slices of one tensor."""
+    if not _pays(weights) or len({bias is None for bias in biases}) > 1:
+        functions = [linear(weight, bias) for weight, bias in zip(weights, biases)]
+        return lambda x: [function(x) for function in functions]
     run, sizes = _laid_out(weights, None if biases[0] is None else torch.cat([*biases])), [len(weight) for weight in weights]
     return lambda x: run(x).split(sizes, -1)
 
 
-def _each(functions: Sequence[Callable]) -> Callable[[Tensor], Sequence[Tensor]]:
-    return lambda x: [function(x) for function in functions]
-
-
-def _fits(weights: Sequence[Tensor]) -> bool:
-    """Whether oneDNN has a kernel for them together, on this machine, that pays."""
-    first, known = weights[0], torch.backends.mkldnn
-    if not known.is_available() or not known.enabled or any(type(weight.data) is not Tensor or weight.device.type != "cpu" or weight.dtype != first.dtype
-                                                            for weight in weights):
+def _pays(weights: Sequence[Tensor]) -> bool:
+    """Whether oneDNN has a kernel for all of them together, on this machine, that is faster than PyTorch's own."""
+    dtype, known = weights[0].dtype, torch.backends.mkldnn
+    if dtype != torch.bfloat16 and (dtype != torch.float32 or sum(map(Tensor.numel, weights)) < WORTH):
         return False
-    if first.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return first.dtype == torch.float32 and sum(weight.numel() for weight in weights) >= WORTH
+    plain = all(weight.device.type == "cpu" and weight.dtype == dtype and type(weight.data) is Tensor for weight in weights)
+    return plain and known.is_available() and known.enabled and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _laid_out(weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -57,13 +52,12 @@ def _laid_out(weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tenso
 
 def _layout(weights: Sequence[Tensor]) -> Tensor:
     """Of all `weights`, one below the other, as they are now."""
-    counted = [(weight.data_ptr(), None if weight.is_inference() else weight._version, weight.shape) for weight in weights]
-    probed = torch.stack([_probes(weight) for weight in weights])
-    kept = _layouts.get(weights[0])
-    if kept is None or kept[0] != counted or not torch.equal(kept[1], probed):
+    counted = [(weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in weights]
+    kept, probes = _layouts.get(weights[0]), [_probes(weight) for weight in weights]
+    if kept is None or kept[0] != counted or not all(map(torch.equal, kept[1], probes)):
         with torch.no_grad():
             whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-            kept = _layouts[weights[0]] = counted, probed, _reorder(whole)
+            kept = _layouts[weights[0]] = counted, [probe.clone() for probe in probes], _reorder(whole)
     return kept[2]
 
 
@@ -72,6 +66,5 @@ def _reorder(weight: Tensor) -> Tensor:
 
 
 def _probes(weight: Tensor) -> Tensor:
-    """(PROBES,) of its elements, apart by a step that meets all columns."""
-    flat = weight.detach().reshape(-1)
-    return flat[torch.arange(PROBES) * (len(flat) // PROBES | 1) % len(flat)]
+    """(about PROBES,) of its elements, apart by an odd step, which meets all columns."""
+    return weight.detach().view(-1)[::weight.numel() // PROBES | 1]
