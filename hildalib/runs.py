@@ -6,6 +6,7 @@ Entry points: `fingerprint`, `claim`, `resumable`, `load_finished`, `publish`.
 
 import hashlib
 import json
+import re
 import shutil
 import zipfile
 from dataclasses import MISSING, asdict, fields
@@ -65,12 +66,28 @@ def load_finished(model, folder: Path) -> None:
         model.config.hilda = model.config.hilda | json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))["hilda"]
         return
     try:
-        foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False).unexpected_keys  # absent: a tied head, stored once
+        whole = load_file(folder / "model.safetensors")
+        foreign = _under(model, whole) if hasattr(model, "peft_config") else model.load_state_dict(whole, strict=False).unexpected_keys  # absent: a tied head
         if foreign:
-            raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}), e.g. a merged adapter; take it with backbones.load")
+            raise HildaError(f"{folder} holds tensors that this model has not (first: {foreign[0]}); take it with backbones.load")
         model.config.hilda = model.config.hilda | json.loads((folder / "config.json").read_text(encoding="utf-8"))["hilda"]
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise HildaError(f"{folder} is damaged ({error}); delete {folder.parent} and run again: it is trained anew") from error
+
+
+@torch.no_grad()
+def _under(model, whole: dict) -> list[str]:
+    """Lays `whole`, the weights that adapters were merged into, under those of `model`, which then add nothing; returns the names it has no place for."""
+    there = {re.sub(r"\.(token_adapter|base_layer)(?=\.)", "", name): tensor for name, tensor in model.get_base_model().state_dict().items()}
+    for name, tensor in there.items():
+        if name in whole:
+            tensor.copy_(whole[name])
+        elif ".lora_B." in name:
+            tensor.zero_()
+    tokens = getattr(model.get_input_embeddings(), "token_adapter", None)
+    if tokens is not None:
+        tokens.trainable_tokens_delta["default"].copy_(tokens.base_layer.weight[tokens.token_indices["default"]])
+    return [name for name in whole if name not in there]
 
 
 def publish(model, tokenizer, history, folder: Path) -> None:

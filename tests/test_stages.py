@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import as_rows
 
-from hildalib import HildaError, artefacts, backbones, book, exports, params, paths, stages, stamps, training
+from hildalib import HildaError, artefacts, backbones, book, exports, params, paths, runs, stages, stamps, training
 from hildalib.__main__ import main
 from hildalib.nano import nano
-from hildalib.recipe import Recipe
+from hildalib.recipe import Recipe, arm
 
 
 @pytest.fixture
@@ -138,9 +138,12 @@ def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(dat
     assert "beside named/model" in str(done) and str(tmp_path) not in "".join(file.read_text(encoding="utf-8") for file in done.folder.rglob("*.json"))
     twin, handed = backbones.load(artefacts.model_folder("smoke", "03_sft", "AR twin"), dtype="float32", device="cpu")[0], backbones.load(done.folder, dtype="float32", device="cpu")[0]
     parent = backbones.load("named/model", dtype="float32", device="cpu")[0]
+    again = tuned.start("AR twin", arm(tuned.recipe, "AR twin"))
+    runs.load_finished(again, artefacts.model_folder("smoke", "03_sft", "AR twin"))  # as the notebook does once the twin is trained
     ids = torch.randint(1, 20, (2, 16), generator=torch.Generator().manual_seed(0))
     far, near = ((model(input_ids=ids).logits - twin(input_ids=ids).logits)[..., :-1].abs().max() for model in (parent, handed))
     assert 0 < near < 0.02 * far
+    assert torch.allclose(again(input_ids=ids).logits, twin(input_ids=ids).logits, atol=1e-5)
     assert handed.peft_config["default"].r == 4 and backbones.load(done.folder / "twin", dtype="float32", device="cpu")[0].peft_config["default"].r == 3
     with pytest.raises(HildaError, match="exported already"):
         exports.export(done.folder, "adapter", tmp_path / "again")
