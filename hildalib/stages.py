@@ -94,7 +94,7 @@ def conversion(values: Mapping) -> Stage:
     return Stage(folder, tokenizer, rows, recipe, start, parent)
 
 
-def origins(values: Mapping) -> dict[str, Path]:
+def origins(values: Mapping) -> dict[str, Path | str]:
     """Arm of notebook 03 -> the model that it starts from: its own of 02, or where 02 has none, the dLLM; the twin with `twin_rank` from the base of
     the dLLM's adapters. HildaError where there are no such adapters."""
     profile, seed, found = values["profile"], values["seed"], {}
@@ -106,6 +106,11 @@ def origins(values: Mapping) -> dict[str, Path]:
             raise HildaError(f"twin_rank = {values['twin_rank']}: notebook 02 made no adapters on noisy rows; set its adapter_rank, or twin_rank to 0")
         found[name] = backbones.base_of(folder) if bare else folder
     return found
+
+
+def beginnings(values: Mapping) -> str:
+    """What `origins` says, in words."""
+    return ", ".join(f"{name} starts from {f'{start.parent.name} of 02' if isinstance(start, Path) else start}" for name, start in origins(values).items())
 
 
 def tuning(values: Mapping) -> Stage:

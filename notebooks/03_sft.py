@@ -89,8 +89,7 @@ given = params.of(NOTEBOOK, globals())
 stage = stages.tuning(given)
 tokenizer, rows, folder = stage.tokenizer, stage.rows["train"], stage.folder
 response_tokens = int(rows["maskable"].sum())
-print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; " + ", ".join(
-    f"{name} starts from {start.parent.name} of 02" for name, start in stages.origins(given).items()))
+print(f"{len(rows['input_ids']):,} rows, {response_tokens:,} response tokens; {stages.beginnings(given)}")
 
 # %%
 logs = pd.concat([stage.train(name).assign(arm=name) for name in arms], ignore_index=True)

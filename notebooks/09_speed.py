@@ -23,7 +23,7 @@
 #
 # **Time.** Smoke: about 45 seconds. Profile nano: 15 minutes of one core, half of them training.
 #
-# **Outputs.** Up to five models under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, six figures.
+# **Outputs.** The models trained here under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, six figures.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -39,6 +39,8 @@ dtype = "float32"
 arms = ["gated", "continued", "pipelined", "CARD", "full sequence"]
 steps = 4
 train_rows = 6
+save_every = 0
+answered = 32
 lr = 0.001
 rank = 8
 adapter_lr = 0.002
@@ -89,26 +91,29 @@ for name in ("dLLM", "AR twin"):
 size, vocabulary = models["dLLM"].config.hilda["block_size"], len(models["AR twin"].get_input_embeddings().weight)
 
 # %% [markdown]
-# ## Five more models
+# ## More models
 #
 # - *gated*: the twin is frozen; a LoRA that acts on noisy rows alone learns to draft blocks for it. It starts as what the dLLM's weights have that the twin's have not (their difference, cut to the rank), for the dLLM can draft already. Rows that are read, and rows that verify, stay the twin's to the last bit.
 # - *pipelined*: the dLLM goes on learning with blocks in groups, each seeing the unfinished blocks before it, with mask rates that rise (D2F).
 # - *CARD*: the twin goes on learning on noisy rows that are read causally. A causal model with masks: blocks cost no mask of attention and no copy, and a token never sees what stands right of it.
 # - *full sequence*: the dLLM goes on as a model that sees its whole text in both directions, masks behind the block included (MDLM, LLaDA). Such a model has no exact cache; it is what Fast-dLLM's caches are for. Each pair is a row of its own, filled up with EOS, as many clean tokens a step as for the others.
 # - *continued*: the dLLM with as many more steps of what it already does, the control of the others.
+# - *drafter*, where the dLLM is adapters over a frozen twin: they go on learning on what that twin answers to the task's training prompts. Nothing is labelled, and nothing that the twin writes can get worse: it verifies what the adapters draft (distillation on the verifier's own text; DistillSpec, arXiv 2310.08461).
 #
-# All see the pairs of notebook 03 for the same number of steps.
+# All but *drafter* see the pairs of notebook 03; all learn for the same number of steps.
 
 # %%
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 kept = {key: models["dLLM"].config.hilda[key] for key in ("label_shift", "causal_context")}
 recipe = Recipe(schedule=BlockSchedule(stable=(size, steps)), batch_size=train_rows, lr=lr, suffix_share=suffix_share,
                 full_share=full_share, context_weight=context_weight, draft_share=0.5, edit_rate=0.02, keep_weight=0.1,
-                adapter_rank=gated.rank(models["dLLM"]), adapter_lr=adapter_lr, stage="speed", seed=seed, **kept)
+                adapter_rank=gated.rank(models["dLLM"]), adapter_lr=adapter_lr, precision=dtype, save_every=save_every,
+                stage="speed", seed=seed, **kept)
 recipe = replace(recipe, context_weight=0.0) if recipe.adapter_rank else recipe
 ways = {"gated": ("AR twin", replace(arm(recipe, "no T2T"), adapter_rank=rank, context_weight=0.0,
                                      kl_weight=kl_weight, causal_context=True)),
         "continued": ("dLLM", recipe),
+        "drafter": ("dLLM", replace(arm(recipe, "no T2T"), kl_weight=kl_weight)),
         "pipelined": ("dLLM", replace(arm(recipe, "no T2T"), pipeline=pipeline)),
         "CARD": ("AR twin", arm(recipe, "CARD")),
         "full sequence": ("dLLM", replace(
@@ -124,7 +129,18 @@ def started(name: str):
     return model
 
 
+def own_answers() -> dict:
+    task_prompts = [benchmark.prompt(item) for item in benchmark.items("train", limit=answered, seed=seed)]
+    prompts = evaluate.worded(benchmark, tokenizer, task_prompts, chat)
+    texts = evaluate.run(models["AR twin"], tokenizer, benchmark, evaluate.autoregressive(max_new_tokens), limit=answered,
+                         seed=seed, split="train", batch_size=batch_size, chat=chat).text.tolist()
+    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompts, texts)]
+    return pairs.pack_pairs(zip(*encoded), rows["input_ids"].shape[1], tokenizer.eos_token_id, size)[0]
+
+
 def seen(name: str) -> dict:
+    if name == "drafter":
+        return own_answers()
     if name != "full sequence":
         return rows
     alone = pairs.unpack_pairs(rows, tokenizer.eos_token_id)
@@ -158,6 +174,8 @@ contestants = {"AR twin": ("AR twin", one_by_one),
                "dLLM, own AR text": ("dLLM", evaluate.speculative(max_new_tokens))}
 if "gated" in arms:
     contestants["gated, twin's text"] = ("gated", evaluate.speculative(max_new_tokens))
+if "drafter" in arms:
+    contestants["drafter, own AR text"] = ("drafter", evaluate.speculative(max_new_tokens))
 if routes:
     contestants["dLLM, S2D2"] = ("dLLM", evaluate.routed(chosen["Q"], RoutedSettings(routes[0]), seed))
 
@@ -252,10 +270,10 @@ for name, part in parts.items():
     plt.show()
 
 # %% [markdown]
-# Are the two lossless ways lossless? Each text beside the text it must equal:
+# Are the lossless ways lossless? Each text beside the text it must equal:
 
 # %%
-equal = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin"}
+equal = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin", "drafter, own AR text": "AR twin"}
 same = {name: sum(map(str.__eq__, texts[name], texts[other])) / len(texts[name])
         for name, other in equal.items() if name in texts}
 print("\n".join(f"{name}: {share:.1%} of {items} texts are those of {equal[name]}" for name, share in same.items()))

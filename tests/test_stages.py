@@ -96,6 +96,7 @@ def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_
     with pytest.raises(HildaError, match="AR twin.*is missing"):
         stages.tuning(values).train("dLLM")
     tuned = stages.tuning(values)
+    assert stages.beginnings(values) == "AR twin starts from named/model, dLLM starts from dLLM of 02"
     for name in values["arms"]:
         tuned.train(name)
     (tmp_path / "outputs").rename(tmp_path / "moved")
@@ -130,6 +131,7 @@ def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(dat
     values = params.load("03_sft", "smoke", {"arms": ["AR twin", "dLLM"], "adapter_base": "AR twin", "twin_rank": 3, "adapter_lr": 0.01, "context_weight": 0.0,
                                              "steps": 3, "lr": 0.02})
     tuned = stages.tuning(values)
+    assert stages.beginnings(values) == "AR twin starts from named/model, dLLM starts from dLLM of 02"
     for name in values["arms"]:
         tuned.train(name)
     folder = artefacts.model_folder("smoke", "03_sft", "dLLM")
