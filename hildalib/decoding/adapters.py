@@ -52,19 +52,17 @@ class Gate:
         """Layers with adapters that read the same rows as a function (N, in) -> (N, out) of each; None for other modules."""
         if not all(part in self.layers for part in parts):
             return None
-        weights, biases = zip(*(self.layers[part][:2] for part in parts))
-        base, changes = linears(weights, biases), [linear(change) for change in _changes(parts, self.layers)]
-        sizes = [len(weight) for weight in weights]
+        weights, biases = (list(group) for group in zip(*(self.layers[part][:2] for part in parts)))
+        *down, change = _changes(parts, self.layers)  # a factor that reads what the weights read is multiplied with them
+        base, change, sizes = linears(weights + down, biases + [None] * len(down)), linear(change), [len(weight) for weight in weights]
 
         def run(x: Tensor):
             outs = base(x)
             if self.cut < len(x):
-                added = x[self.cut:]
-                for change in changes:
-                    added = change(added)
+                added = change(outs[-1][self.cut:] if down else x[self.cut:])
                 for out, more in zip(outs, added.split(sizes, -1)):
                     out[self.cut:].add_(more)
-            return outs
+            return outs[:len(sizes)]
 
         return run
 

@@ -71,7 +71,7 @@ def _greedy(forward: Forward, prompt_ids: Tensor, lengths: Tensor, max_new_token
         logits = forward(ids, positions, mask, cache, None if number else wanted, real=None if number or len(live) == 1 else real)
         if barred:
             logits[:, barred] = -torch.inf
-        token = logits.argmax(-1)
+        token = logits.max(-1).indices  # in bfloat16 a quarter of the time of argmax
         out[live, number] = token
         if eos and (done := torch.isin(token, ends)).any():
             kept = (~done).nonzero()[:, 0]

@@ -46,8 +46,8 @@ class _Speculation:
     def _draft(self, rows: Tensor, logits: Tensor) -> None:
         """Masks of the open blocks of `rows` get the argmax of aligned logits (b, K, V)."""
         positions = self.reader.positions(self.start[rows], self.size)
-        ids = self.canvas[rows].gather(1, positions)
-        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, logits.argmax(-1), ids))
+        ids, best = self.canvas[rows].gather(1, positions), logits.max(-1).indices  # in bfloat16 a quarter of the time of argmax
+        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(ids == self.mask_id, best, ids))
         self.belief[rows] = self.belief[rows].scatter(1, positions, logits.float().log_softmax(-1).amax(-1))
 
     def _verify(self, rows: Tensor, logits: Tensor) -> Tensor:
@@ -57,11 +57,12 @@ class _Speculation:
         ids, (top, own) = self.canvas[rows].gather(1, positions), logits.max(-1)
         right = (ids == own) if self.slack == 0 else top - logits.gather(-1, ids[..., None]).squeeze(-1) <= self.slack
         count = (right | (positions < self.sure[rows][:, None])).long().cumprod(-1).sum(-1)
-        column, belief = self.reader.columns[:self.size], self.belief[rows].gather(1, positions)
-        sure = logits.float().log_softmax(-1).amax(-1)
-        other = (column > count[:, None]) & (sure > belief + SURER) | (column == count[:, None])
-        self.belief[rows] = self.belief[rows].scatter(1, positions, torch.where(other, sure, belief))
-        self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(other, own, ids))
+        if (count < self.size).any():
+            column, belief = self.reader.columns[:self.size], self.belief[rows].gather(1, positions)
+            sure = logits.float().log_softmax(-1).amax(-1)
+            other = (column > count[:, None]) & (sure > belief + SURER) | (column == count[:, None])
+            self.belief[rows] = self.belief[rows].scatter(1, positions, torch.where(other, sure, belief))
+            self.canvas[rows] = self.canvas[rows].scatter(1, positions, torch.where(other, own, ids))
         self.sure[rows] = self.start[rows] + (count + 1).clamp(max=self.size)
         return count == self.size
 
