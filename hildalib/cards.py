@@ -27,8 +27,8 @@ import hildalib
 hildalib.generate("PROMPT", model="FOLDER", mode="Q")
 ```
 """
-GATED = """The adapters act on the noisy rows of a block alone, so what reads the prompt and the closed blocks is the unchanged base, and
-`hildalib.decoding.self_speculate` writes the base's own greedy text.
+GATED = """The adapters act on the noisy rows of a block alone, so what reads the prompt and the closed blocks is the base (with the adapters in `twin/`,
+where there is such a folder), and `hildalib.decoding.self_speculate` writes its own greedy text.
 """
 
 

@@ -174,11 +174,12 @@ def test_gated_adapters_are_handed_out_in_half_the_size_beside_a_base_with_a_nam
 
 def test_the_model_that_comes_with_hilda_is_small_and_names_its_base():
     folder = backbones.fetch(weights.DLLM)
-    kept = json.loads((folder / backbones.ADAPTER_RECORD).read_text(encoding="utf-8"))
-    assert kept["base"] == weights.INSTRUCT and kept["hilda"]["gated"] and kept["hilda"]["block_size"] == 4
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6 and {value.dtype for value in tensors.values()} == {torch.bfloat16}
-    assert sum("trainable_tokens" in name for name in tensors) == 1 and "apache-2.0" in (folder / "README.md").read_text(encoding="utf-8")
+    drafts, twin = (json.loads((place / backbones.ADAPTER_RECORD).read_text(encoding="utf-8")) for place in (folder, folder / "twin"))
+    assert drafts["base"] == "twin" and drafts["hilda"]["gated"] and drafts["hilda"]["block_size"] == 4 and twin["base"] == weights.INSTRUCT
+    tensors = [load_file(place / "adapter_model.safetensors") for place in (folder, folder / "twin")]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 25e6
+    assert {value.dtype for part in tensors for value in part.values()} == {torch.bfloat16}
+    assert sum("trainable_tokens" in name for name in tensors[0]) == 1 and "apache-2.0" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_is_not_put_on_other_weights_than_it_was_trained_on(handed, tmp_path):
