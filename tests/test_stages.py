@@ -96,7 +96,7 @@ def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_
     with pytest.raises(HildaError, match="AR twin.*is missing"):
         stages.tuning(values).train("dLLM")
     tuned = stages.tuning(values)
-    assert stages.beginnings(values) == "AR twin starts from named/model, dLLM starts from dLLM of 02"
+    assert stages.beginnings(values) == "AR twin starts from AR twin of 02, dLLM starts from dLLM of 02"
     for name in values["arms"]:
         tuned.train(name)
     (tmp_path / "outputs").rename(tmp_path / "moved")

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tiny import FIRST, MASK, as_rows, text, tiny, weights
 from transformers import Trainer
 
@@ -221,22 +222,33 @@ def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(log.reset_index(drop=True), stored, check_dtype=False)
 
 
-def test_adapters_train_and_a_finished_merged_run_is_never_taken_for_the_adapter(tmp_path):
+def test_adapters_train_and_a_finished_run_that_was_merged_is_taken_over_under_them(tmp_path):
     backbones.save(*tiny(block_size=None), tmp_path / "parent")
-    merged = tmp_path / "run" / "model"
-    for attempt in range(2):
+    logits, ids = [], text(2)[0]
+    for _ in range(2):
         torch.manual_seed(0)  # peft draws the adapter from the global stream
         model, tokenizer = backbones.load(tmp_path / "parent", dtype="float32", device="cpu", lora=4)
-        if attempt:
-            with pytest.raises(HildaError, match="holds tensors that this model has not .* take it with backbones.load"):
-                train(model, tokenizer, as_rows(*text(12)), SHORT, tmp_path / "run")
-        else:
-            train(model, tokenizer, as_rows(*text(12)), SHORT, tmp_path / "run")
-            loaded, _ = backbones.load(merged, dtype="float32", device="cpu")
-            ids = text(2)[0]
-            with torch.no_grad():
-                assert torch.allclose(loaded(input_ids=ids).logits[..., FIRST:], model(input_ids=ids).logits[..., FIRST:], atol=1e-4)  # [MASK] is never read
-            assert loaded.config.hilda["block_size"] == 4
+        train(model, tokenizer, as_rows(*text(12)), SHORT, tmp_path / "run")
+        assert model.config.hilda["block_size"] == 4
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    with torch.no_grad():
+        loaded = backbones.load(tmp_path / "run" / "model", dtype="float32", device="cpu")[0](input_ids=ids).logits
+    for one in logits:
+        assert torch.allclose(loaded[..., FIRST:], one[..., FIRST:], atol=1e-4)  # [MASK] is never read
+    assert all(not tensor.any() for name, tensor in model.named_parameters() if "lora_B" in name)  # counted once: in the weights
+    plain = tiny(block_size=None)[0]
+    with pytest.raises(HildaError, match="holds tensors that this model has not"):
+        runs.load_finished(plain, foreign_folder(tmp_path))
+
+
+def foreign_folder(folder):
+    """A finished model with one tensor too many."""
+    model = tiny(block_size=4)[0]
+    state = {**model.state_dict(), "model.stranger.weight": torch.zeros(2)}
+    (folder / "foreign").mkdir()
+    save_file({name: value.clone() for name, value in state.items() if name != "lm_head.weight"}, folder / "foreign" / "model.safetensors")
+    return folder / "foreign"
 
 
 @pytest.mark.parametrize("change", [{"lr": 5e-3}, {"seed": 1}])
