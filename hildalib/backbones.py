@@ -1,7 +1,7 @@
 """Backbones: a plain Hugging Face causal LM plus one atomic [MASK] token.
 
 Entry points: `load` and `save` (folder, hub id, .gguf file, "smollm2-135m", "smollm2-135m-dllm", "nano"), `nano` (random init, character tokenizer),
-`forbidden_ids`, `context_limit`, `chat_prompt`; `with_lora`, `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
+`forbidden_ids`, `chat_prompt`; `with_lora`, `fetch`, `choose_dtype` and `device_report` from their own rooms. The class, the modelling
 file and the safetensors layout are the parent's; `config.hilda` is the only addition, so a dLLM loads anywhere without remote code.
 """
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hildalib import HildaError, paths, weights
+from hildalib import HildaError, paths, weights, windows
 from hildalib.adapters import mask_row, with_lora
 from hildalib.devices import choose_device, choose_dtype, device_report, prepare  # noqa: F401  (device_report is part of this surface)
 from hildalib.gated import gate, is_gated
@@ -189,7 +189,7 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
         real = torch.tensor(sorted(i for i in before if i < rows))
         _set_mask_row(model, mask, real, range(rows, needed))
     model.config.hilda = {"block_size": None, "label_shift": True, "causal_context": False, "stage": "ar", "parent": name, **known, "mask_token_id": mask}
-    _guard_window(model)
+    windows.guard(model)
 
 
 @torch.no_grad()
@@ -231,29 +231,6 @@ def forbidden_ids(model, tokenizer: PreTrainedTokenizerBase, *, keep_eos: bool =
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     special |= {model.config.hilda["mask_token_id"], *(set(range(rows)) - set(tokenizer.get_vocab().values()))}
     return torch.tensor(sorted(special - ({tokenizer.eos_token_id} if keep_eos else set())), dtype=torch.long)
-
-
-def context_limit(model) -> int:
-    """Positions the model may see: trained length, or the sliding window where some layers have one (a 4-D mask overrides the window,
-    so beyond it those layers would attend further than they ever learned to)."""
-    config = model.config
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) and config.sliding_window
-    return min(config.max_position_embeddings, sliding or config.max_position_embeddings)
-
-
-def _guard_window(model: PreTrainedModel) -> None:
-    if context_limit(model) < model.config.max_position_embeddings:
-        model.model.register_forward_pre_hook(_refuse_beyond_window, with_kwargs=True)  # inner: older peft calls the outer forward directly
-
-
-def _refuse_beyond_window(module, _, kwargs) -> None:
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is None or mask.ndim != 4:
-        return
-    length = mask.shape[-1] if positions is None else int(positions.max()) + 1
-    if length > module.config.sliding_window:
-        raise HildaError(f"{length} positions under a 4-D mask exceed the sliding window of {module.config.sliding_window} that some layers of this "
-                         "model were trained with; use shorter sequences")
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

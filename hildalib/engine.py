@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from hildalib import HildaError, backbones
+from hildalib import HildaError, backbones, windows
 from hildalib.decoding import PRESETS, EditSettings, settings_for
 from hildalib.decoding.decoded import eos_ids
 from hildalib.decoding.edit import BlockLoop
@@ -84,7 +84,7 @@ class Engine:
         if not (getattr(model.config, "hilda", None) or {}).get("block_size"):
             raise HildaError("this model is autoregressive, not yet a dLLM: convert it with `hilda run 02_wsd 03_sft`, then pass the folder of "
                              "its `model`")
-        self.model, self.tokenizer, self.context = model, tokenizer, backbones.context_limit(model)
+        self.model, self.tokenizer, self.context = model, tokenizer, windows.context_limit(model)
         folder = Path(str(model.name_or_path))
         self.eos, self.name = eos_ids(model), (folder.parent if folder.name == "model" else folder).name or "hilda"  # runs end in dLLM/model
 

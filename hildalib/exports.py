@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hildalib import HildaError, backbones, weights
+from hildalib import HildaError, backbones, weights, windows
 from hildalib.cards import card
 from hildalib.gated import is_gated
 from hildalib.handout import adapter
@@ -155,7 +155,7 @@ def _onnx(source: Path, folder: Path, license: str | None) -> Exported:
             return self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False).logits
 
     ids, positions, masks = sample(model)
-    rows, columns = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=backbones.context_limit(model))
+    rows, columns = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=windows.context_limit(model))
     torch.onnx.export(Graph().eval(), (ids[:, :10], positions[:, :10], masks[0, :, :, :10, :10]), folder / "model.onnx", dynamo=True, verbose=False,
                       input_names=["input_ids", "position_ids", "attention_mask"], output_names=["logits"],
                       external_data=model.num_parameters() > 2**28,  # a graph in one file holds at most 2 GiB

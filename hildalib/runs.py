@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hildalib import HildaError, backbones
-from hildalib.gated import is_gated
 from hildalib.recipe import Recipe
 
 
@@ -59,7 +58,7 @@ def resumable(folder: Path) -> str | None:
 
 def load_finished(model, folder: Path) -> None:
     """Weights and `hilda` record of a model that `train` has saved."""
-    if is_gated(model):
+    if (folder / backbones.ADAPTER_RECORD).is_file():  # adapters that were not merged
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from hildalib import HildaError, backbones, devices, nano, weights
+from hildalib import HildaError, backbones, devices, nano, weights, windows
 
 CPU = {"device": "cpu", "dtype": "float32"}
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64,
@@ -152,7 +152,7 @@ def test_saved_model_reloads_with_the_same_logits_and_record(tmp_path, family):
 
 def test_positions_beyond_a_sliding_window_are_refused_under_a_4d_mask_only(tmp_path):
     model, _ = backbones.load(parent(tmp_path / "parent", "Gemma3")[0], **CPU)
-    assert backbones.context_limit(model) == 16
+    assert windows.context_limit(model) == 16
     assert logits(model, letters(length=16), block_causal(16, 4)).isfinite().all()
     with pytest.raises(HildaError, match="sliding window of 16"):
         logits(model, letters(length=17), block_causal(17, 4))
@@ -164,7 +164,7 @@ def test_positions_beyond_a_sliding_window_are_refused_under_a_4d_mask_only(tmp_
 
 
 def test_context_limit_without_window_is_the_trained_length(tmp_path):
-    assert backbones.context_limit(backbones.load(parent(tmp_path / "parent", "Qwen3")[0], **CPU)[0]) == 64
+    assert windows.context_limit(backbones.load(parent(tmp_path / "parent", "Qwen3")[0], **CPU)[0]) == 64
 
 
 # --- the one token ---------------------------------------------------------------------------------------------------------------

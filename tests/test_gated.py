@@ -9,6 +9,7 @@ from tiny import MASK, as_rows, text, tiny
 
 from hildalib import HildaError, attention, backbones
 from hildalib.decoding import EditSettings, PipelineSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, pipeline_decode, revise, self_speculate
+from hildalib.decoding import linear as laid
 from hildalib.decoding.cache import BlockCache
 from hildalib.decoding.compression import targets
 from hildalib.decoding.forward import Forward, is_straight
@@ -249,6 +250,17 @@ def test_straight_lines_give_the_bits_of_clean_rows_and_the_numbers_of_noisy_one
     torch.testing.assert_close(part[:3][asked[:3]], ours[wanted[:3]][asked[:3]], atol=1e-5, rtol=1e-5)  # of the row without padding
     some, _ = one_forward(model, noisy, True, wanted=wanted)
     torch.testing.assert_close(some, ours[wanted], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_weights_laid_out_for_the_cpu_give_the_same_numbers(pair, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(laid, "WORTH", 1)  # weights of this size would be left as they are
+    model = gate(backbones.load(tmp_path / "parent", dtype="float32", device="cpu", lora=rank)[0])
+    stir(model, 1)
+    noisy = torch.rand(2, 8, generator=torch.Generator().manual_seed(3)) < 0.5
+    for rows in (noisy, None):
+        for mine, pefts in zip(one_forward(model, rows, True, wanted=None), one_forward(model, rows, False, wanted=None)):
+            torch.testing.assert_close(mine, pefts, atol=1e-4, rtol=1e-4)
 
 
 def test_factors_of_high_rank_are_multiplied_once_and_again_when_they_change(pair, tmp_path):

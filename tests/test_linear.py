@@ -71,6 +71,7 @@ def test_a_layout_is_made_once_and_goes_with_its_weight(monkeypatch):
         pytest.skip("this PyTorch has no oneDNN: nothing is laid out")
     monkeypatch.setattr(laid, "_reorder", lambda *given: made.append(1) or call(*given))
     weight = torch.nn.Parameter(drawn(LARGE))
+    gc.collect()  # what other tests left
     held = len(laid._layouts)
     for _ in range(3):
         with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 A matmul of a few rows, which is what a decode consists of, takes about as long as laying out the weight for it, and PyTorch does both each time.
 oneDNN keeps the layout: the same sums, in bfloat16 to the bit, in half to three quarters of the time, and those of a row hardly depend on the rows
-beside it. Weights that read the same rows are laid out as one. Entry points: `linear`, `linears`.
+beside it (torch.compile with freezing does the same, for one shape a graph; a decode meets dozens). Weights that read the same rows are laid out as one. Entry points: `linear`, `linears`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-ROWS = 8      # for which the layout is chosen: a block and its copy; up to 64 rows are as fast with it as with their own
+ROWS = 8  # for which the layout is chosen: a block and its copy; up to 64 rows are as fast with it as with their own
 WORTH = 2**17  # weights from which oneDNN's call, 10 microseconds more than MKL's, pays in float32
-PROBES = 64   # weights compared, next to the version that PyTorch counts, before a layout is used again: changes through .data are not counted
+PROBES = 64  # weights compared, next to the version that PyTorch counts, before a layout is used again: changes through .data are not counted
 
 _layouts = WeakTensorKeyDictionary()  # the first weight -> what all were then, their layout; for as long as it lives
 
