@@ -68,10 +68,12 @@ def test_3_the_processes_read_other_rows_and_all_of_them_once(both, name):
     assert not {*first} & {*second} and sorted(first + second) == sorted(alone) == list(range(48))
 
 
-def test_7_a_killed_process_ends_the_run_and_another_number_of_processes_continues_it(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_7_a_killed_process_ends_the_run_and_another_number_of_processes_continues_it(tmp_path, sharded):
     """One of two processes gets SIGKILL; the launcher stops the other; one process finishes the run, and has the curve of an undisturbed one."""
     case = {"steps": 60, "draft_share": 0.5}
-    cut = launch(2, {"folder": str(tmp_path / "cut"), **case})
+    line = {"folder": str(tmp_path / "cut"), "sharded": sharded, **case}
+    cut = launch(2, line)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("cut/checkpoints/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline and cut.poll() is None:
         time.sleep(0.02)
@@ -79,8 +81,10 @@ def test_7_a_killed_process_ends_the_run_and_another_number_of_processes_continu
     os.kill(workers[-1].pid, signal.SIGKILL)
     output = cut.communicate(timeout=120)[0]
     assert cut.returncode != 0 and not (tmp_path / "cut" / "model").exists(), output[-2000:]
-    for folder in ("cut", "whole"):
-        processes.run(tmp_path / folder, **case)
+    rest = launch(1, line)
+    output = rest.communicate(timeout=200)[0]
+    assert rest.returncode == 0, output[-2000:]
+    processes.run(tmp_path / "whole", **case)
     begun = json.loads((tmp_path / "cut.rows0.json").read_text())
     assert 0 < min(begun) and max(begun) == 62 * 8 - 1  # it did go on, not start again
     assert torch.allclose(saved(tmp_path / "cut"), saved(tmp_path / "whole"), atol=1e-3)
