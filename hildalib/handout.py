@@ -76,10 +76,10 @@ def _tuned(base: Path, folder: Path) -> str:
     if rank > MOST:
         raise HildaError(f"{base}, over which the adapters lie, was tuned in all its weights (its change has rank {rank}), which nobody else has: tune it in "
                          "adapters instead, twin_rank in notebook 03")
-    model = get_peft_model(parent, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear"))
-    fit(model, donor)
     with quiet():
-        model.save_pretrained(folder)
+        model = get_peft_model(parent, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear"))
+        fit(model, donor)
+        model.save_pretrained(folder, save_embedding_layers=False)  # True or "auto" would look for the base on the hub
     (folder / "README.md").unlink(missing_ok=True)  # peft's template; the card above it speaks of both
     return name
 

@@ -142,7 +142,7 @@ def test_the_base_under_an_adapter_is_its_teacher(tmp_path, parent):
 
 
 def test_a_quantised_parent_learns_through_adapters_and_goes_on_from_its_folder(tmp_path, parent):
-    """NF4 with LoRA: the loss falls, the 4-bit weights stay, and what is saved is loaded as what was trained."""
+    """NF4 with LoRA: the loss falls, the 4-bit weights stay, what is saved is loaded as what was trained, and the finished run is taken over."""
     torch.manual_seed(0)
     model, tokenizer = parent(quantize="nf4", lora=8)
     recipe = replace(ADAPTED, schedule=BlockSchedule(stable=(4, 12)), kl_weight=0.0, adapter_rank=0, lr=2e-2, head_rows=9, gradient_checkpointing=True)
@@ -152,8 +152,13 @@ def test_a_quantised_parent_learns_through_adapters_and_goes_on_from_its_folder(
     assert log.m2t.iloc[-1] < 0.8 * log.m2t.iloc[0]
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
     again, _ = backbones.load(tmp_path / "run" / "model", dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    fresh, _ = parent(quantize="nf4", lora=8)
+    before = again(input_ids=ids[:1]).logits.sub(fresh(input_ids=ids[:1]).logits).abs().max()
+    assert train(fresh, tokenizer, as_rows(ids), recipe, tmp_path / "run").m2t.tolist() == pytest.approx(log.m2t.tolist())
     with torch.no_grad():
-        assert torch.allclose(again(input_ids=ids[:1]).logits, model(input_ids=ids[:1]).logits, atol=1e-4)
+        trained = model(input_ids=ids[:1]).logits
+        assert before > 1 and all(torch.allclose(found(input_ids=ids[:1]).logits, trained, atol=1e-4) for found in (again, fresh))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
