@@ -49,20 +49,27 @@ class Gate:
         self.cut, self.layers = 0, _layers(model)
 
     def functions(self, parts: list):
-        """Layers with adapters that read the same rows as a function (N, in) -> (N, out) of each; None for other modules."""
+        """Layers with adapters that read the same rows as one function of x (N, in), as `linears` has it; None for other modules."""
         if not all(part in self.layers for part in parts):
             return None
         weights, biases = (list(group) for group in zip(*(self.layers[part][:2] for part in parts)))
         *down, change = _changes(parts, self.layers)  # a factor that reads what the weights read is multiplied with them
         base, change, sizes = linears(weights + down, biases + [None] * len(down)), linear(change), [len(weight) for weight in weights]
+        total = sum(sizes)
+
+        def side_by_side(outs: Tensor, x: Tensor) -> Tensor:
+            if self.cut < len(x):
+                outs[self.cut:, :total].add_(change(outs[self.cut:, total:] if down else x[self.cut:]))
+            return outs[:, :total]
 
         def run(x: Tensor):
             outs = base(x)
+            if isinstance(outs, Tensor):
+                return side_by_side(outs, x)
             if self.cut < len(x):
-                added = change(outs[-1][self.cut:] if down else x[self.cut:])
-                for out, more in zip(outs, added.split(sizes, -1)):
+                for out, more in zip(outs, change(outs[-1][self.cut:] if down else x[self.cut:]).split(sizes, -1)):
                     out[self.cut:].add_(more)
-            return outs[:len(sizes)]
+            return outs[0] if len(sizes) == 1 else outs[:len(sizes)]
 
         return run
 

@@ -83,20 +83,19 @@ class Forward:
         cos, sin = self._turns(x, turns, cache.slots)
         bias = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for number, layer in enumerate(self.layers):
-            count, h = x.shape[0], layer.norm(x)
-            queries, keys, values = (part.view(count, -1, layer.width) for part in layer.qkv(h))
-            keys = _rotate(layer.norm_k(keys), cos, sin)
+            h = layer.norm(x)
+            queries, keys, values = _heads(layer, layer.qkv(h), cos, sin)
             cache.note(slots, h, keys, number)
             keys, values = cache.write(slots, keys, values, number)
             if number == len(self.layers) - 1 and packed is not None:
-                x, queries, cos, sin, rows = x[packed], queries[packed], cos[packed], sin[packed], ends
+                x, queries, rows = x[packed], queries[packed], ends
                 if self.gate:
                     self.gate.cut = last
-            queries = _rotate(layer.norm_q(queries), cos, sin)
             read = _attend(_spread(queries, rows, shape), keys, values, cache.bias(bias, number, layer.heads)).transpose(1, 2).reshape(shape.numel(), -1)
-            x = layer.o(read if rows is None else read[rows])[0].add_(x)
-            gate, up = layer.gate_up(layer.norm_after(x))
-            x = layer.down(layer.act(gate).mul_(up))[0].add_(x)
+            x = layer.o(read if rows is None else read[rows]).add_(x)
+            gate_up = layer.gate_up(layer.norm_after(x))
+            gate, up = gate_up.chunk(2, -1) if isinstance(gate_up, Tensor) else gate_up
+            x = layer.down(layer.act(gate).mul_(up)).add_(x)
         logits = self.head(self.norm(x))
         logits = logits if back is None else logits[back]
         if asked is None:
@@ -138,17 +137,32 @@ def _layer(layer, gate: adapters.Gate | None) -> SimpleNamespace:
     """What a layer is made of, as functions; looking it up in modules is a tenth of a small forward."""
     at, mlp = layer.self_attn, layer.mlp
     parts = {"qkv": [at.q_proj, at.k_proj, at.v_proj], "o": [at.o_proj], "gate_up": [mlp.gate_proj, mlp.up_proj], "down": [mlp.down_proj]}
-    return SimpleNamespace(width=at.head_dim, heads=at.config.num_attention_heads, act=mlp.act_fn, norm=_norm(layer.input_layernorm),
-                           norm_after=_norm(layer.post_attention_layernorm), norm_q=_norm(getattr(at, "q_norm", None)),
-                           norm_k=_norm(getattr(at, "k_norm", None)),
+    sizes = [part.out_features // at.head_dim for part in (at.q_proj, at.k_proj)]
+    norms = [getattr(at, name, None) for name in ("q_norm", "k_norm")]
+    both = None if norms[0] is None else SimpleNamespace(weight=torch.cat([norm.weight.detach().expand(size, -1) for norm, size in zip(norms, sizes)]),
+                                                         variance_epsilon=norms[0].variance_epsilon)
+    return SimpleNamespace(width=at.head_dim, sizes=sizes, heads=sizes[0], act=mlp.act_fn, norm=_norm(layer.input_layernorm),
+                           norm_after=_norm(layer.post_attention_layernorm), norms=[_norm(norm) for norm in norms], norm_both=_norm(both),
                            **{name: gate and gate.functions(group) or _functions(group) for name, group in parts.items()})
 
 
+def _heads(layer: SimpleNamespace, qkv: Tensor | list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (N, heads, D), normed and turned, of what the layer makes of N rows; queries and keys at once where they lie side by side."""
+    if isinstance(qkv, Tensor):
+        first = sum(layer.sizes)
+        qkv = qkv.view(len(qkv), -1, layer.width)
+        both = _rotate(layer.norm_both(qkv[:, :first]), cos, sin)
+        return both[:, :layer.heads], both[:, layer.heads:], qkv[:, first:]
+    queries, keys, values = (part.view(len(part), -1, layer.width) for part in qkv)
+    return *(_rotate(norm(part), cos, sin) for norm, part in zip(layer.norms, (queries, keys))), values
+
+
 def _functions(modules: list):
-    """Linear layers that are just that and read the same rows, as one function; others (quantised, with an adapter or a hook) as they are."""
+    """Linear layers that are just that and read the same rows, as one function like those of `linears`; others (quantised, with an adapter or a hook) as
+    they are."""
     if all(map(_is_plain, modules)):
         return linears([module.weight for module in modules], [module.bias for module in modules])
-    return lambda x: [module(x) for module in modules]
+    return modules[0] if len(modules) == 1 else lambda x: [module(x) for module in modules]
 
 
 def _is_plain(module) -> bool:
@@ -162,7 +176,7 @@ def _norm(module):
         return lambda x: x
     weight, epsilon = module.weight, module.variance_epsilon
     if weight.dtype == torch.float32:  # in less precision it would round once where Transformers does twice
-        width, scale = len(weight), weight * len(weight) ** 0.5
+        width, scale = weight.shape[-1], weight * weight.shape[-1] ** 0.5
         floor = torch.tensor((width * epsilon) ** 0.5, device=weight.device)
         # x / sqrt(mean x^2 + eps) = x sqrt(n) / hypot(|x|, sqrt(n eps)): two fused calls where torch.rms_norm takes six
         return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(scale)

@@ -27,13 +27,13 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Ten
     return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
 
 
-def linears(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """x (N, in) -> what `linear` makes of it with each weight; in one matmul where they are laid out together, and then slices of one tensor."""
-    if not _pays(weights) or len({bias is None for bias in biases}) > 1:
+def linears(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor | list[Tensor]]:
+    """x (N, in) -> what `linear` makes of it with each weight: side by side, (N, sum of out), of one matmul where they are laid out together, else a
+    list."""
+    if len(weights) > 1 and (not _pays(weights) or len({bias is None for bias in biases}) > 1):
         functions = [linear(weight, bias) for weight, bias in zip(weights, biases)]
         return lambda x: [function(x) for function in functions]
-    run, sizes = _laid_out(weights, None if biases[0] is None else torch.cat([*biases])), [len(weight) for weight in weights]
-    return lambda x: run(x).split(sizes, -1)
+    return linear(weights[0], biases[0]) if len(weights) == 1 else _laid_out(weights, None if biases[0] is None else torch.cat([*biases]))
 
 
 def _pays(weights: Sequence[Tensor]) -> bool:
