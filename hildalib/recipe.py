@@ -218,8 +218,17 @@ def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
     return replace(recipe, **changes)
 
 
+def _direct(recipe: Recipe) -> BlockSchedule:
+    """The working block size from the first step on."""
+    steps = recipe.schedule.total_steps
+    return BlockSchedule(stable=(recipe.schedule.block_size(steps), steps))
+
+
 EQUAL_COMPUTE = " at equal compute"
 NO_EDITING = {"edit_rate": 0.0, "draft_share": 0.0, "keep_weight": 0.0}
+PLAIN = {"label_shift": False, "causal_context": False, "context_weight": 0.0, "ar_share": 0.0, "kl_weight": 0.0, "adapter_rank": 0, "low": 0.0, "high": 1.0,
+         "full_share": 0.0, "suffix_share": 0.0, "complementary": False, "copies": 1, "cap_weight": 0.0, "mask_noise_steps": 0, "merge_top_k": 0,
+         "residual_share": 0.0, "residual_lag": 0.0, "pipeline": 1, **NO_EDITING}
 CARD = {"tail_slack": 1.5, "weighting": "context", "causal_context": False, "context_weight": 0.0, "suffix_share": 0.0, "complementary": False,
         "ar_share": 0.0, "cap_weight": 0.0, "kl_weight": 0.0, "adapter_rank": 0, "residual_share": 0.0, "residual_lag": 0.0, "pipeline": 1, **NO_EDITING}
 ARMS = {
@@ -244,11 +253,12 @@ ARMS = {
     "gated adapters": lambda r: {"adapter_rank": r.adapter_rank or 64, "adapter_lr": r.adapter_lr or 2 * r.lr, "causal_context": True,
                                  "context_weight": 0.0, "ar_share": 0.0, "schedule": r.schedule.without_size_one()},
     "pipelined": lambda r: {"pipeline": max(r.pipeline, 2)},
-    "CARD": lambda r: {**CARD, "schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
+    "CARD": lambda r: {**CARD, "schedule": _direct(r)},
     "no mask noise": lambda r: {"mask_noise_steps": 0},
     "full sequence": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.stable[0], r.schedule.total_steps))},
     "checkpoint merge": lambda r: {"merge_top_k": r.merge_top_k or 3, "save_every": max(r.schedule.total_steps // 8, 1)},
     "stable stage": lambda r: {"schedule": r.schedule.with_stable_stage()},
-    "direct": lambda r: {"schedule": BlockSchedule(stable=(r.schedule.block_size(r.schedule.total_steps), r.schedule.total_steps))},
+    "direct": lambda r: {"schedule": _direct(r)},
+    "plain conversion": lambda r: {**PLAIN, "schedule": _direct(r)},
     "AR twin": None,
 }

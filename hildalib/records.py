@@ -118,7 +118,7 @@ class Sft(Training, Common):
     suffix_share: float = field(0.0, "share of blocks whose last positions are masked", low=0, high=1)
     ar_share: float = field(0.0, "share of steps at block size 1", low=0, high=1)
     context_weight: float = field(1.0, "weight of the next-token loss on a causal context", low=0)
-    adapter_lr: float = field(0.0, "peak learning rate of adapters, where 02 made the dLLM of them", low=0)
+    adapter_lr: float = field(0.0, "peak learning rate of adapters, where 02 made the dLLM of them or the twin is tuned in them", low=0)
     adapter_base: str = field("", "arm, named before theirs, over whose tuned weights such adapters learn on; empty: over the parent they had", choices=("", "AR twin"))
     twin_rank: int = field(0, "rank of adapters in which the AR twin is tuned over the untouched base of the dLLM's adapters, to be handed out; 0: every weight of 02's twin", low=0)
     weights: str = field("float32", "how the weights are stored", choices=("float32", "bfloat16"))

@@ -7,7 +7,7 @@ many processes as `accelerate launch` or `torchrun` starts, and leaves them wher
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from hildalib.wsd import BlockSchedule
 @dataclass
 class Stage:
     """What the arms of a notebook have in common. start(arm's name, its recipe) -> model to train; parent: the teacher, or for 02 what the arms
-    start from; rows: split -> rows."""
+    start from; rows: split -> rows; rates: arm -> peak learning rate, where that is not the recipe's."""
 
     folder: Path
     tokenizer: object
@@ -28,10 +28,12 @@ class Stage:
     recipe: Recipe
     start: Callable
     parent: object = None
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def train(self, name: str):
         """Trains arm `name`, or takes it over where it is finished, and returns its log. A parent that does not teach waits in main memory."""
         changed = arm(self.recipe, name, self.rows["train"]["input_ids"].shape[1])
+        changed = replace(changed, lr=self.rates.get(name, changed.lr))
         model = self.start(name, changed)
         teacher = self.parent if changed.kl_weight and not hasattr(model, "peft_config") else None
         with contextlib.nullcontext() if teacher or self.parent is None else _waiting(self.parent):
@@ -54,7 +56,7 @@ def _waiting(parent):
 
 def recipe_of(values: Mapping, schedule: BlockSchedule, stage: str, **given) -> Recipe:
     """The recipe that `values` (parameters of a notebook) and `given`, which go first, describe: a parameter is the field of its name."""
-    names = {field.name for field in fields(Recipe)} - {*given, "schedule", "stage"}
+    names = {each.name for each in fields(Recipe)} - {*given, "schedule", "stage"}
     return Recipe(schedule=schedule, stage=stage, **given, **{name: value for name, value in values.items() if name in names})
 
 
@@ -138,7 +140,8 @@ def tuning(values: Mapping) -> Stage:
     teacher = None
     if recipe.kl_weight and not rank:  # adapters learn from the parent under them
         teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype=values["weights"])[0]
-    return Stage(paths.checkpoint_dir(profile, "03_sft", seed), tokenizer, rows, recipe, start, teacher)
+    rates = {"AR twin": values["adapter_lr"]} if values["twin_rank"] else {}
+    return Stage(paths.checkpoint_dir(profile, "03_sft", seed), tokenizer, rows, recipe, start, teacher, rates)
 
 
 STAGES = {"02_wsd": conversion, "03_sft": tuning}

@@ -161,6 +161,15 @@ def test_every_arm_has_as_many_steps_and_rows_a_step():
         assert (other.schedule.total_steps, other.global_batch, other.lr, other.seed, other.optimizer) == (8, 4, FULL.lr, 7, FULL.optimizer)
 
 
+def test_a_plain_conversion_is_masks_at_uniform_rates_and_nothing_else():
+    ours = replace(FULL, causal_context=True, context_weight=1.0, low=0.2, high=0.8, suffix_share=0.5, mask_noise_steps=3, merge_top_k=2, save_every=2)
+    kept = {name: getattr(ours, name) for name in ("batch_size", "accumulate", "lr", "seed", "optimizer", "warmup_steps", "save_every", "log_every", "weight_decay")}
+    for recipe in (ours, arm(ours, "gated adapters")):
+        plain = arm(recipe, "plain conversion")
+        assert plain == Recipe(BlockSchedule(stable=(4, 8)), label_shift=False, full_share=0.0, edit_weight=plain.edit_weight, kl_top_k=plain.kl_top_k,
+                               draft_turns=plain.draft_turns, adapter_lr=plain.adapter_lr, mask_noise=plain.mask_noise, **kept), recipe
+
+
 def test_the_ar_twin_sees_the_same_texts_in_the_same_order_as_next_token_prediction():
     ours, twin = noisy(FULL), noisy(arm(FULL, "AR twin"))
     assert len(ours) == len(twin) and all(torch.equal(ours[n]["input_ids"], twin[n]["input_ids"]) for n in range(len(ours)))

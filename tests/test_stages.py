@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hildalib import HildaError, artefacts, backbones, book, exports, params, pa
 from hildalib.__main__ import main
 from hildalib.nano import nano
 from hildalib.recipe import Recipe, arm
+from hildalib.wsd import BlockSchedule
 
 
 @pytest.fixture
@@ -60,6 +62,15 @@ def test_parameters_become_the_recipe_field_by_field():
     assert recipe.schedule.rungs() == [tuple(rung) for rung in (*values["warmup"], values["stable"], *values["decay"])]
     values = params.load("03_sft", "smol")
     assert stages.recipe_of(values, recipe.schedule, "sft", adapter_rank=7).adapter_rank == 7
+
+
+def test_an_arm_may_have_a_rate_of_its_own(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(stages.training, "train", lambda *given, title, **_: seen.update({title: given[3].lr}))
+    stage = stages.Stage(Path("x"), None, {"train": {"input_ids": torch.zeros(1, 8)}}, Recipe(BlockSchedule(stable=(4, 2)), lr=0.5), lambda *_: None, rates={"AR twin": 0.25})
+    for name in ("AR twin", "dLLM"):
+        stage.train(name)
+    assert seen == {"AR twin": 0.25, "dLLM": 0.5}
 
 
 def test_a_quantised_parent_needs_adapters_for_every_arm(data):
@@ -131,6 +142,7 @@ def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(dat
     values = params.load("03_sft", "smoke", {"arms": ["AR twin", "dLLM"], "adapter_base": "AR twin", "twin_rank": 3, "adapter_lr": 0.01, "context_weight": 0.0,
                                              "steps": 3, "lr": 0.02})
     tuned = stages.tuning(values)
+    assert tuned.rates == {"AR twin": 0.01}
     assert stages.beginnings(values) == "AR twin starts from named/model, dLLM starts from dLLM of 02"
     for name in values["arms"]:
         tuned.train(name)
