@@ -148,9 +148,8 @@ def seen(name: str) -> dict:
 
 
 for name in arms:
-    models[name] = started(name)
-    train(models[name], tokenizer, seen(name), ways[name][1], folder / name, parent=models["AR twin"], title=name)
-    models[name].to(models["dLLM"].dtype)
+    train(started(name), tokenizer, seen(name), ways[name][1], folder / name, parent=models["AR twin"], title=name)
+    models[name] = backbones.load(folder / name / "model", dtype=dtype)[0]
 
 # %% [markdown]
 # ## One by one

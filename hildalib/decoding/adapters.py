@@ -4,6 +4,8 @@ Both halves share one matmul with W, so that clean rows have the parent's number
 its factors. Entry points: `Gate` (its `cut` is the number of clean rows of a forward), `fits`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,17 +31,17 @@ def fits(model) -> bool:
         and not getattr(part, "lora_variant", None) and part.lora_B["default"].bias is None for part in _layers(model))
 
 
-def _changes(parts: list, layers: dict) -> list[Tensor]:
-    """What the adapters of `parts`, which read the same rows, add together: [A (R, in), s B (out, R)], one below the other and block by block, or
-    their product [s B A (out, in)] where it is no larger; in the dtype of the weights, kept until the factors change."""
+def _changes(parts: list, layers: dict) -> tuple[list[Tensor], Callable]:
+    """What the adapters of `parts`, which read the same rows, add together: ([A (R, in)], x -> x (s B)'), A and B (out, R) one below the other and block
+    by block, or ([], x -> x (s B A)') where the product is no larger; in the dtype of the weights, kept until the factors change."""
     factors = [layers[part][2:] for part in parts]
     state = [(tensor.data_ptr(), tensor._version) for pair in factors for tensor in pair] + [layers[parts[0]][0].dtype]
     if getattr(parts[0], "changes", (None,))[0] != state:
         downs, ups = zip(*((down.detach(), part.scaling["default"] * up.detach()) for part, (down, up) in zip(parts, factors)))
         down, up = torch.cat(downs), torch.block_diag(*ups)
-        found = [up @ down] if down.numel() + up.numel() >= len(up) * down.shape[1] else [down, up]
-        parts[0].changes = state, [change.to(state[-1]) for change in found]
-    return parts[0].changes[1]
+        *first, last = (change.to(state[-1]) for change in ([up @ down] if down.numel() + up.numel() >= len(up) * down.shape[1] else [down, up]))
+        parts[0].changes = state, first, linear(last)
+    return parts[0].changes[1:]
 
 
 class Gate:
@@ -53,8 +55,8 @@ class Gate:
         if not all(part in self.layers for part in parts):
             return None
         weights, biases = (list(group) for group in zip(*(self.layers[part][:2] for part in parts)))
-        *down, change = _changes(parts, self.layers)  # a factor that reads what the weights read is multiplied with them
-        base, change, sizes = linears(weights + down, biases + [None] * len(down)), linear(change), [len(weight) for weight in weights]
+        down, change = _changes(parts, self.layers)  # a factor that reads what the weights read is multiplied with them
+        base, sizes = linears(weights + down, biases + [None] * len(down)), [len(weight) for weight in weights]
         total = sum(sizes)
 
         def side_by_side(outs: Tensor, x: Tensor) -> Tensor:

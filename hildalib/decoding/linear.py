@@ -6,6 +6,7 @@ beside it (torch.compile with freezing does the same, for one shape a graph; a d
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +16,24 @@ ROWS = 8  # for which the layout is chosen: a block and its copy; up to 64 rows 
 WORTH = 2**17  # weights from which oneDNN's call, 10 microseconds more than MKL's, pays in float32
 PROBES = 64  # weights compared, next to the version that PyTorch counts, before a layout is used again: changes through .data are not counted
 
-_layouts = WeakTensorKeyDictionary()  # the first weight -> what all were then, their layout; for as long as it lives
+_layouts = WeakTensorKeyDictionary()  # the first weight -> _Kept, for as long as it lives
+
+
+class _Kept(NamedTuple):
+    """A layout of weights: address and version of each, views of their probes, what those were then."""
+
+    counted: list
+    probes: list[Tensor]
+    were: Tensor
+    layout: Tensor
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x (N, in) -> x W' + b (N, out), W (out, in) as it is now; to be called where nothing is differentiated. On a CPU a second copy of the weight
     is kept while the weight lives, but of a small one in float32."""
-    if _pays([weight]):
-        return _laid_out([weight], bias)
+    layout = _layout([weight])
+    if layout is not None:
+        return _laid_out(layout, bias)
     turned = weight.t()  # a matmul takes half the time of F.linear at a row or two
     return (lambda x: torch.mm(x, turned)) if bias is None else (lambda x: torch.addmm(bias, x, turned))
 
@@ -30,10 +41,13 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Ten
 def linears(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor | list[Tensor]]:
     """x (N, in) -> what `linear` makes of it with each weight: side by side, (N, sum of out), of one matmul where they are laid out together, else a
     list."""
-    if len(weights) > 1 and (not _pays(weights) or len({bias is None for bias in biases}) > 1):
-        functions = [linear(weight, bias) for weight, bias in zip(weights, biases)]
-        return lambda x: [function(x) for function in functions]
-    return linear(weights[0], biases[0]) if len(weights) == 1 else _laid_out(weights, None if biases[0] is None else torch.cat([*biases]))
+    if len(weights) == 1:
+        return linear(weights[0], biases[0])
+    layout = _layout(weights) if len({bias is None for bias in biases}) == 1 else None
+    if layout is not None:
+        return _laid_out(layout, None if biases[0] is None else torch.cat([*biases]))
+    functions = [linear(weight, bias) for weight, bias in zip(weights, biases)]
+    return lambda x: [function(x) for function in functions]
 
 
 def _pays(weights: Sequence[Tensor]) -> bool:
@@ -45,20 +59,24 @@ def _pays(weights: Sequence[Tensor]) -> bool:
     return plain and known.is_available() and known.enabled and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _laid_out(weights: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    layout, call = _layout(weights), torch.ops.mkldnn._linear_pointwise.default
+def _laid_out(layout: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    call = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: call(x, layout, bias, "none", [], "")
 
 
-def _layout(weights: Sequence[Tensor]) -> Tensor:
-    """Of all `weights`, one below the other, as they are now."""
+def _layout(weights: Sequence[Tensor]) -> Tensor | None:
+    """Of all `weights`, one below the other, as they are now; None where it would not pay."""
     counted = [(weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in weights]
-    kept, probes = _layouts.get(weights[0]), [_probes(weight) for weight in weights]
-    if kept is None or kept[0] != counted or not all(map(torch.equal, kept[1], probes)):
-        with torch.no_grad():
-            whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-            kept = _layouts[weights[0]] = counted, [probe.clone() for probe in probes], _reorder(whole)
-    return kept[2]
+    kept = _layouts.get(weights[0])
+    if kept and kept.counted == counted and torch.equal(torch.cat(kept.probes), kept.were):
+        return kept.layout
+    if not _pays(weights):
+        return None
+    probes = [_probes(weight) for weight in weights]
+    with torch.no_grad():
+        whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+        _layouts[weights[0]] = kept = _Kept(counted, probes, torch.cat(probes), _reorder(whole))
+    return kept.layout
 
 
 def _reorder(weight: Tensor) -> Tensor:
