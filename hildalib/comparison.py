@@ -141,6 +141,22 @@ def differences(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFr
     return pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "seeds"])
 
 
+def paired(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFrame:
+    """`reference` minus every other arm, paired by item: columns arm, items, mean, difference, low, high (95 % t over items).
+
+    table: columns arm, item and `value`, one row an arm and item. Items whose value one of the two lacks are left out.
+    """
+    need(table, "paired", "arm", "item", value)
+    wide = table.pivot(index="item", columns="arm", values=value)
+    if reference not in wide:
+        raise HildaError(f"paired needs rows of the arm {reference!r}; the table has {', '.join(map(str, wide))}")
+    rows = []
+    for name in dict.fromkeys(table.arm[table.arm != reference]):
+        both = wide[[reference, name]].dropna()
+        rows.append((name, len(both), both[name].mean(), *mean_interval(both[reference] - both[name])))
+    return pd.DataFrame(rows, columns=["arm", "items", "mean", "difference", "low", "high"])
+
+
 @styled
 def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item") -> Figure:
     """Accuracy against forwards, or another cost x: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.

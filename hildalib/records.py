@@ -159,6 +159,9 @@ class Benchmarks(Common):
     sweep_masks: list[float] = field([0.5, 0.9], "tau_mask values of the editing comparison", low=0, high=1)
     sweep_edits: list[float] = field([0.5, 1.0], "tau_edit values of the editing comparison", low=0, high=1)
     sweep_items: int = field(16, "test items a setting of that comparison", low=1)
+    against: list[str] = field(["no T2T"], "arms of 03_sft that answer beside dLLM, paired by prompt")
+    against_tasks: list[str] = field(["arithmetic"], "tasks on which they do; one without right answers needs a judge")
+    against_items: int = field(16, "test items of each", low=2)
     judge: str = field("", "AR model that judges open text; empty for none")
     chat: bool = field(False, "wrap prompts in the chat template")
 

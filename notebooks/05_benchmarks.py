@@ -23,7 +23,7 @@
 #
 # **Time.** Smoke: about 20 seconds. Profile nano: 20 seconds.
 #
-# **Outputs.** `benchmarks.csv` and `items.csv` (this seed), `questions.csv`, and figures over all seeds that have been run.
+# **Outputs.** `benchmarks.csv` and `items.csv` (this seed), `questions.csv`, `paired.csv`, and figures over all seeds that have been run.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -38,6 +38,9 @@ other_arms = ["no T2T"]
 sweep_masks = [0.5, 0.9]
 sweep_edits = [0.5, 1.0]
 sweep_items = 16
+against = ["no T2T"]
+against_tasks = ["arithmetic"]
+against_items = 16
 judge = ""
 chat = False
 
@@ -58,7 +61,7 @@ NOTEBOOK = "05_benchmarks"
 output = paths.output_dir(profile, NOTEBOOK, seed)
 chosen = artefacts.read_metrics(profile, "04_decode", seed)
 folders = {name: artefacts.model_folder(profile, "03_sft", name, seed)
-           for name in ("dLLM", "AR twin", *other_arms)}
+           for name in ("dLLM", "AR twin", *other_arms, *against)}
 models = {name: backbones.load(folder, dtype="float32")[0] for name, folder in folders.items()}
 tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
 
@@ -136,6 +139,38 @@ for name, tau_mask, tau_edit in itertools.product(asked, sweep_masks, sweep_edit
           f"accuracy {sweep[-1].accuracy[0]:.3f}  TPF {sweep[-1].tpf[0]:.2f}", flush=True)
 if sweep:
     pd.concat(sweep, ignore_index=True).to_csv(output / "questions.csv", index=False)
+
+# %% [markdown]
+# ## Beside other conversions, prompt by prompt
+#
+# The models of `against` had the same tokens in conversion and in tuning. *Plain conversion* is what one does without a recipe: masks at uniform rates, blocks of the final size from the first step, every weight trained, nothing distilled, no edits. The dLLM answers with its own text (without a causal context: in Q), the others in Q and at their most careful, one token a forward. Differences are the dLLM's minus theirs on the same prompt, with 95 % t-intervals over prompts: of the score, or for stories of the nats a token under the judge, where less is better.
+
+# %%
+careful = evaluate.diffusion(settings(1.0, 1.0))
+first = "dLLM own text" if "dLLM own text" in contestants else "dLLM Q"
+duels = []
+for task_name in against_tasks if against else []:
+    task = tasks.load(task_name)
+    sides = {first: contestants[first]}
+    for name in against:
+        sides |= {f"{name}, Q": (name, contestants["dLLM Q"][1]), f"{name}, one token a forward": (name, careful)}
+    frames = {label: evaluate.run(models[name], tokenizer, task, decoder, limit=against_items, seed=0,
+                                  batch_size=batch_size, chat=chat) for label, (name, decoder) in sides.items()}
+    rates = {label: evaluate.summary(part).iloc[0] for label, part in frames.items()}
+    if open_text := hasattr(task, "metrics"):
+        referee = backbones.load(judge, dtype="float32")
+        frames = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))
+                  for label, part in frames.items()}
+    answers = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in frames.items()])
+    found = comparison.paired(answers, "score", reference=first)
+    duels.append(found.assign(task=task_name, measure="nats a token" if open_text else "score", reference=first,
+                              tpf=[rates[label].tpf for label in found.arm], reference_tpf=rates[first].tpf,
+                              tokens_per_s=[rates[label].tokens_per_s for label in found.arm],
+                              reference_tokens_per_s=rates[first].tokens_per_s, seed=seed))
+if duels:
+    duels = pd.concat(duels, ignore_index=True)
+    duels.to_csv(output / "paired.csv", index=False)
+    print(duels.drop(columns="seed").round(3).to_string(index=False))
 
 # %% [markdown]
 # ## Over seeds

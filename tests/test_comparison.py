@@ -100,6 +100,18 @@ def test_accuracy_against_forwards_counts_every_cheaper_setting_and_the_twin_is_
     matplotlib.pyplot.close(figure)
 
 
+def test_answers_are_paired_by_item_and_what_one_side_lacks_is_left_out():
+    scores = {"ours": [1, 1, 0, 1, 0], "theirs": [0, 1, 0, 0, float("nan")], "same": [1, 1, 0, 1, 0]}
+    table = pd.DataFrame([{"arm": arm, "item": item, "score": score} for arm, values in scores.items() for item, score in enumerate(values)])
+    found = comparison.paired(table.sample(frac=1, random_state=0), "score", reference="ours").set_index("arm")
+    gaps = np.array([1, 0, 0, 1])  # t of 3 degrees of freedom: 3.1824
+    assert found.loc["theirs", ["items", "mean", "difference"]].tolist() == [4, 0.25, 0.5]
+    assert found.loc["theirs", "high"] == pytest.approx(0.5 + 3.1824 * gaps.std(ddof=1) / 2, abs=1e-3)
+    assert found.loc["same", ["items", "difference", "low", "high"]].tolist() == [5, 0, 0, 0]
+    with pytest.raises(HildaError, match="rows of the arm 'mine'"):
+        comparison.paired(table, "score", reference="mine")
+
+
 def test_differences_are_paired_by_seed():
     table = pd.DataFrame({"arm": ["a", "b", "c"] * 3, "seed": [0, 0, 0, 1, 1, 1, 2, 2, 2], "loss": [1.0, 1.5, 0.9, 2.0, 2.5, 2.1, 3.0, 3.5, np.nan]})
     found = comparison.differences(table, "loss", reference="a").set_index("arm")
