@@ -263,7 +263,7 @@ artefacts.write_metrics({"steps": steps, "rows": steps * recipe.global_batch, "c
 # - Taken away from the model that was trained with it, nothing changes (97.3 % on test prompts, 0.7 points [-3.3, +4.7] on validation): that model has learned to live with it, not from it. Given to a model that never learned to read it, it costs 1.3 points [-4.9, +2.3]; iteration smoothing, which needs no training, does nothing (+0.06 points [-0.19, +0.31]).
 # - A second look, at the same masks, with what the first look expected: -0.0017 nats [-0.0186, +0.0152] beside the control's first. There is little to be carried where a block is written in two or three forwards.
 #
-# Profile smol shows that stage 2 runs at 135 M parameters, and no more: after 24 steps of the adapters over the tuned twin 55.0 % of 40 test prompts are right with a residual and 57.5 % without, in 6.2 forwards each (one run, 15 points either way); the twin, without further steps, has 67.5 % in 14.1.
+# Profile smol shows that stage 2 runs at 135 M parameters, and no more: after 24 steps of the adapters over a twin tuned in every weight (a run made before `twin_rank`) 55.0 % of 40 test prompts are right with a residual and 57.5 % without, in 6.2 forwards each (one run, 15 points either way); the twin, without further steps, has 67.5 % in 14.1.
 #
 # RCD was published for models that write a block in many forwards, one or two tokens in each. Here most blocks are done before there is anything to remember.
 #
