@@ -2,7 +2,8 @@
 
 A random Qwen3 writes a fixed number of tokens a forward, greedily: the same tokens from `edit_decode` and from `LLaDA2Pipeline`, which reads the
 whole text anew in each forward. The floor is the matmuls alone, on the model's own weights in their order: the body's for every position that
-`edit_decode` feeds, the head's for every row whose logits it asks for. What counts is CPU-seconds of one thread, in alternating rounds.
+`edit_decode` feeds, the head's for every row whose logits it asks for. A decode that knows no better puts every position through the head, too: that
+is the wider floor, all weights x positions fed at the rate those matmuls reached. What counts is CPU-seconds of one thread, in alternating rounds.
 Entry points: `random_model`, `pipeline_decode`, `decode`, `shapes`, `matmuls`, `shares`, `measure`.
 """
 
@@ -146,9 +147,11 @@ def _cpu(run) -> tuple[float, object]:
 
 
 def measure(model, *, prompt: int, new: int, steps: int, rounds: int, seed: int = 0) -> list[dict]:
-    """One row a round: CPU-seconds of `decode`, of its floor and of the pipeline (None without diffusers). Raises HildaError if the tokens differ."""
+    """One row a round: CPU-seconds of `decode`, of its floor, of the wider floor and of the pipeline (None without diffusers). Raises HildaError if the
+    tokens differ."""
     ids = torch.randint(model.config.vocab_size - 1, (1, prompt), generator=torch.Generator().manual_seed(seed))
     forwards, theirs, rows = shapes(model, lambda: decode(model, ids, new, steps)), has_pipeline(), []
+    asked, every = flops(model, forwards), flops(model, [(fed, fed) for fed, _ in forwards])
     for number in range(rounds + 1):  # the first round warms allocator and kernels up and is not counted
         pipeline_s, expected = _cpu(lambda: pipeline_decode(model, ids, new, steps)) if theirs else (None, None)
         ours_s, found = _cpu(lambda: decode(model, ids, new, steps))
@@ -156,8 +159,8 @@ def measure(model, *, prompt: int, new: int, steps: int, rounds: int, seed: int 
         if theirs and not torch.equal(found.ids, expected):
             raise HildaError(f"{int((found.ids != expected).sum())} of {new} tokens differ from the pipeline's: the times cannot be compared")
         if number:
-            rows.append({"round": number, "ours_s": ours_s, "floor_s": floor_s, "pipeline_s": pipeline_s,
-                         "fed": int(found.positions_fed), "gflops": flops(model, forwards) / floor_s / 1e9})
+            rows.append({"round": number, "ours_s": ours_s, "floor_s": floor_s, "wide_floor_s": floor_s * every / asked, "pipeline_s": pipeline_s,
+                         "fed": int(found.positions_fed), "gflops": asked / floor_s / 1e9})
             beside = f", pipeline {pipeline_s:.2f} s" if theirs else ""
             print("round {round}  decode {ours_s:.2f} CPU-s, floor {floor_s:.2f} s at {gflops:.0f} GFLOP/s".format(**rows[-1]) + beside, flush=True)
     return rows
@@ -185,7 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(model, prompt=given.prompt, new=given.new, steps=given.steps, rounds=given.rounds)
     if has_pipeline():
         print(f"decode / pipeline: {_spread([row['ours_s'] / row['pipeline_s'] for row in rows])}; same tokens")
-    print(f"decode / floor: {_spread([row['ours_s'] / row['floor_s'] for row in rows])}; {rows[0]['fed']} positions fed")
+    print(f"decode / floor: {_spread([row['ours_s'] / row['floor_s'] for row in rows])}; {rows[0]['fed']} positions fed, the head only where asked")
+    print(f"decode / wider floor: {_spread([row['ours_s'] / row['wide_floor_s'] for row in rows])}; every weight for every position fed")
     ids = torch.zeros(1, given.prompt, dtype=torch.long)
     print("; ".join(f"{name} {share:.0%}" for name, share in shares(lambda: decode(model, ids, given.new, given.steps)).items()))
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {given.rounds} rounds, 1 thread, torch {torch.__version__}")

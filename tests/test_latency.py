@@ -69,6 +69,9 @@ def test_flops_by_hand_and_shares_sum_to_one(monkeypatch, capsys):
     monkeypatch.setattr(latency, "has_pipeline", lambda: False)
     rows = latency.measure(network, prompt=8, new=8, steps=2, rounds=2)
     assert len(rows) == 2 and all(row["pipeline_s"] is None and row["ours_s"] > 0 and row["floor_s"] > 0 for row in rows)
+    forwards = latency.shapes(network, lambda: latency.decode(network, prompts(1, 8), 8, 2))
+    wider = 2 * (body + 23 * 32) * rows[0]["fed"] / latency.flops(network, forwards)
+    assert all(row["wide_floor_s"] / row["floor_s"] == pytest.approx(wider) for row in rows) and wider > 1
     assert "decode" in capsys.readouterr().out
 
 
