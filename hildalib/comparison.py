@@ -1,8 +1,8 @@
 """Arms side by side: the best accuracy each reaches at equal tokens per forward, and differences with their intervals over seeds.
 
 Entry points: `both` (the rows of two arms), `best_at` (the Pareto step), `difference_curve` and `at_equal_tpf` (numbers), `arms` (figure);
-`forwards` and `spending` (figures: accuracy against forwards); `differences` (any measure, seed by seed) and `verdicts` (all arms and measures on
-one page).
+`forwards`, `spending` and `pareto` (figures: accuracy against what it costs); `differences` (any measure, seed by seed), `at_equal_cost` (beside what
+one arm reaches for as much), `paired` (item by item) and `verdicts` (all arms and measures on one page).
 """
 
 from textwrap import fill
@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from hildalib import HildaError
 from hildalib.intervals import mean_interval
-from hildalib.style import FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, styled
+from hildalib.style import FAINT, FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
 
@@ -141,6 +141,27 @@ def differences(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFr
     return pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "seeds"])
 
 
+def at_equal_cost(table: pd.DataFrame, value: str, cost: str, *, reference: str) -> pd.DataFrame:
+    """Every other arm minus what `reference` reaches at the same `cost`, paired by seed: columns arm, difference, low, high (95 % t over seeds), seeds,
+    same_sign (the seeds agree on who is ahead).
+
+    table: columns arm, seed, `value` and `cost`, several settings an arm and seed, whose differences are averaged. The settings of `reference` are joined
+    by lines; what is cheaper or dearer than all of them is compared with the nearest.
+    """
+    need(table, "at_equal_cost", "arm", "seed", value, cost)
+    gaps: dict[str, list[float]] = {}
+    for seed, part in table.groupby("seed"):
+        curve = part[part.arm == reference].sort_values(cost)
+        if curve.empty:
+            raise HildaError(f"at_equal_cost needs rows of the arm {reference!r} in seed {seed}; the table has {', '.join(map(str, part.arm.unique()))}")
+        rest = part[part.arm != reference]
+        found = (rest[value] - np.interp(rest[cost], curve[cost], curve[value])).groupby(rest.arm, sort=False).mean()
+        for name, gap in found.items():
+            gaps.setdefault(name, []).append(gap)
+    rows = [(name, *mean_interval(gap), len(gap), len({*np.sign(gap)}) == 1) for name, gap in gaps.items()]
+    return pd.DataFrame(rows, columns=["arm", "difference", "low", "high", "seeds", "same_sign"])
+
+
 def paired(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFrame:
     """`reference` minus every other arm, paired by item: columns arm, items, mean, difference, low, high (95 % t over items).
 
@@ -181,6 +202,42 @@ def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item
         ax.grid(axis="y")
     for ax in axes[0]:
         place(ax, [end for where, end in ends if where is ax])
+    return fig
+
+
+def best(table: pd.DataFrame, cost: str, *, less: bool) -> pd.Series:
+    """(n,) bool: no row of `table` has a higher accuracy for no more of `cost` (`less`: a small cost is good, else a large one)."""
+    price = table[cost].to_numpy() * (1 if less else -1)
+    accuracy = table.accuracy.to_numpy()
+    better = (accuracy[None] >= accuracy[:, None]) & (price[None] <= price[:, None])
+    better &= (accuracy[None] > accuracy[:, None]) | (price[None] < price[:, None])
+    return pd.Series(~better.any(1), index=table.index)
+
+
+@styled
+def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
+    """Accuracy of every arm and setting against each of two costs, a panel each: what nothing beats in both is named, with its interval; the rest is grey.
+
+    Columns: arm, accuracy, low, high, and the costs, a column and its label each; the first is better where it is small, the second where it is large.
+    """
+    need(table, "pareto", "arm", "accuracy", "low", "high", *costs)
+    fig, axes = plt.subplots(1, 2, figsize=(11.0, 4.8), sharey=True)
+    fronts = [best(table, cost, less=number == 0) for number, cost in enumerate(costs)]
+    colour = colours([TWIN, *table.arm[fronts[0] | fronts[1]]])
+    for ax, (cost, label), front in zip(axes, costs.items(), fronts):
+        ax.plot(table[cost][~front], table.accuracy[~front], "o", color=FAINT, markersize=4)
+        first = table[front].sort_values(cost)
+        ax.plot(first[cost], first.accuracy, color=GREY, linewidth=1, drawstyle="steps-pre" if cost != next(iter(costs)) else "steps-post", zorder=1)
+        for row in first.to_dict("records"):
+            ax.vlines(row[cost], row["low"], row["high"], color=colour[row["arm"]], linewidth=1.2, alpha=0.5)
+            ax.plot(row[cost], row["accuracy"], "o", color=colour[row["arm"]], markersize=5)
+        ax.set(xscale="log", xlabel=label, xlim=(0.7 * table[cost].min(), 1.6 * table[cost].max()))
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
+        ax.grid(axis="y")
+    axes[0].set_ylabel("accuracy")
+    for ax, cost, front in zip(axes, costs, fronts):
+        once = table[front].sort_values("accuracy", ascending=False).drop_duplicates("arm")
+        place(ax, [(row[cost], row["accuracy"], row["arm"], {"color": colour[row["arm"]], "fontsize": 8}) for row in once.to_dict("records")])
     return fig
 
 

@@ -1,16 +1,19 @@
 """Devices: what this machine can compute with, and the numeric settings that follow.
 
-Entry points: `choose_device`, `choose_dtype`, `prepare` (called by every load) and `device_report` (what `hilda doctor`
-prints). bfloat16 is chosen only where hardware multiplies it; a GTX 1080 (sm_61) gets float32 and plain (math) attention.
+Entry points: `choose_device`, `choose_dtype`, `prepare` (called by every load), `start_peak` and `peak_memory_gb`, and `device_report`
+(what `hilda doctor` prints). bfloat16 is chosen only where hardware multiplies it; a GTX 1080 (sm_61) gets float32 and plain (math) attention.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,6 +21,7 @@ from hildalib import HildaError
 
 BF16_CAPABILITY = (8, 0)  # Ampere: first NVIDIA generation whose tensor cores multiply bfloat16
 TENSOR_CAPABILITY = (7, 0)  # Volta: first with tensor cores, and the oldest that Triton (hence FlexAttention) compiles for
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of a Linux process: its peak, and where a 5 starts it anew
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,13 +29,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def cuda_fault() -> str:
     """"" where CUDA computes, else why not. A driver alone is not enough: PyTorch builds drop old cards (sm_61 last in CUDA 12.6 builds)."""
     if not torch.cuda.is_available():
-        return f"PyTorch {torch.__version__} finds no CUDA device; a CUDA build of PyTorch and a driver are needed"
+        return f"PyTorch {torch.__version__} finds no CUDA device; with an NVIDIA card and its driver: {_cuda_build()}"
     try:
         torch.ones(1, device="cuda").add_(1).item()
     except RuntimeError as error:
-        return (f"{torch.cuda.get_device_name()} does not run under PyTorch {torch.__version__} ({str(error).splitlines()[0]}); for a card "
-                "older than sm_75 install a build for CUDA 12.6")
+        return (f"{torch.cuda.get_device_name()} does not run under PyTorch {torch.__version__} ({str(error).splitlines()[0]}); a card older than "
+                f"sm_75 needs a build for CUDA 12.6: {_cuda_build()}")
     return ""
+
+
+def _cuda_build() -> str:
+    """The command that installs this PyTorch for CUDA 12.6, the last to have kernels for cards older than sm_75."""
+    return f"python -m pip install torch=={torch.__version__.split('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126"
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -66,12 +75,15 @@ def choose_dtype(device: str | torch.device = "auto", dtype: str | torch.dtype =
         if dtype not in DTYPES:
             raise HildaError(f"unknown dtype {dtype!r}; use auto, " + ", ".join(DTYPES))
         return DTYPES[dtype]
-    device = choose_device(device)
+    return torch.float32 if bf16_fault(choose_device(device)) else torch.bfloat16
+
+
+def bf16_fault(device: torch.device) -> str:
+    """"" where `device` multiplies bfloat16 in hardware, else why it should not be used there."""
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
-    else:
-        fast = device.type == "cpu" and cpu_has_bf16()
-    return torch.bfloat16 if fast else torch.float32
+        major, minor = torch.cuda.get_device_capability(device)
+        return "" if (major, minor) >= BF16_CAPABILITY else f"this card (sm_{major}{minor}) has no bfloat16"
+    return "" if device.type == "cpu" and cpu_has_bf16() else "this CPU emulates bfloat16" if device.type == "cpu" else f"bfloat16 is not known to be fast on {device.type}"
 
 
 def prepare(device: torch.device) -> list[str]:
@@ -129,9 +141,31 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def start_peak() -> None:
+    """`peak_memory_gb` counts from here on, where the system lets a process start its peak anew (CUDA, Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif RESET.exists():
+        with contextlib.suppress(OSError):  # a sandbox may forbid it; then the peak is that of the process
+            RESET.write_text("5")
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB since `start_peak` (elsewhere than on CUDA and Linux since it began): the accelerator's if there is one, else
+    resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
+        return int(found[1]) * 1024 / 1e9
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", info.rss) / 1e9  # Windows keeps a peak; elsewhere the current size, logged often, has one
+
+
 def device_report(device: str | torch.device = "auto") -> dict[str, str]:
     """What this machine has and which settings follow, as printable pairs; takes about a second. Key order is print order."""
-    device = choose_device(device)
+    asked, device = str(device), choose_device(device)
     cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if cuda else None
     dtype = choose_dtype(device)
@@ -139,7 +173,7 @@ def device_report(device: str | torch.device = "auto") -> dict[str, str]:
     settings = ["sdpa attention", f"{dtype} weights".replace("torch.", ""), *prepare(device)]
     if not flex:
         settings.append("dense 4-D masks")
-    if not cuda and torch.cuda.is_available() and cuda_fault():
+    if device.type == "cpu" and asked == "auto":
         settings.append(f"CPU, because {cuda_fault()}")
     return {
         "device": f"{device} ({torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()})",
@@ -148,7 +182,7 @@ def device_report(device: str | torch.device = "auto") -> dict[str, str]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
         "fp32 matmul": f"{matmul_rate(device, torch.float32):.0f} GFLOP/s",
-        "bf16 matmul": f"{matmul_rate(device, torch.bfloat16):.0f} GFLOP/s",
+        "bf16 matmul": f"no: {bf16_fault(device)}" if cuda and bf16_fault(device) else f"{matmul_rate(device, torch.bfloat16):.0f} GFLOP/s",
         "flash attention": "yes, but never under a 4-D mask" if cuda and capability >= BF16_CAPABILITY else "no",
         "flex attention": "yes" if flex else "no",
         "bitsandbytes": _version("bitsandbytes"),

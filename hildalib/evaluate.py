@@ -18,9 +18,9 @@ from hildalib import HildaError
 from hildalib.decoding import (Beams, Decoded, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings, ar_decode, edit_decode,
                                explore, generate_decode, pipeline_decode, refreshed_decode, routed_decode, self_speculate)
 from hildalib.decoding.decoded import eos_ids
+from hildalib.devices import peak_memory_gb, start_peak
 from hildalib.intervals import mean_interval, wilson
 from hildalib.pairs import worded
-from hildalib.training import peak_memory_gb
 
 Decoder = Callable[[torch.nn.Module, Tensor, Tensor], Decoded]  # (model, prompt_ids (B, P), attention_mask (B, P))
 
@@ -95,7 +95,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
     """Decodes and scores `limit` items of a task split; one row an item.
 
     Columns: prompt, text, score in [0, 1], tokens (generated, first EOS included), forwards, positions_fed (prefill and
-    commits included), seconds and cpu_seconds (the batch's time, shared equally). chat: see `worded`. Raises HildaError when the split is empty.
+    commits included), seconds and cpu_seconds (the batch's time, shared equally), peak_memory_gb of the process while its batch was decoded. chat: see `worded`. Raises HildaError when the split is empty.
     """
     items = task.items(split, limit=limit, seed=seed)
     if not items:
@@ -106,15 +106,17 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
         part = items[start:start + batch_size]
         prompts = [task.prompt(item) for item in part]
         ids, real = left_pad(tokenizer(worded(task, tokenizer, prompts, chat), add_special_tokens=False)["input_ids"], eos[0])
+        start_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         decoded = decoder(model, ids.to(model.device), real.to(model.device))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        peak = peak_memory_gb()
         texts = tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
         scores = task.scores(texts, part) if hasattr(task, "scores") else [task.score(text, item) for text, item in zip(texts, part)]
         frames.append(pd.DataFrame({
             "prompt": prompts, "text": texts, "score": scores,
             "tokens": generated_tokens(decoded.ids, eos).tolist(), "forwards": decoded.forwards.tolist(),
-            "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part)}))
+            "positions_fed": decoded.positions_fed.tolist(), "seconds": wall / len(part), "cpu_seconds": cpu / len(part), "peak_memory_gb": peak}))
         if decoded.kv_bytes is not None:
             frames[-1]["kv_bytes"] = decoded.kv_bytes.tolist()
         bar.update(len(part))
@@ -124,7 +126,7 @@ def run(model, tokenizer, task, decoder: Decoder, *, limit: int | None = None, s
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One row: accuracy (mean score) with its 95 % Wilson interval low..high, items, NFE and positions an item, TPF = generated
-    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process so far; kv_bytes an item where they were counted.
+    tokens / forwards, tokens_per_s, cpu_seconds an item, peak_memory_gb of the process; kv_bytes an item where they were counted.
 
     The Wilson interval treats the mean score as a proportion: exact for 0/1 scores, conservative for scores between.
     """
@@ -133,7 +135,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         "accuracy": frame.score.mean(), "low": float(low), "high": float(high), "items": len(frame), "nfe": frame.forwards.mean(),
         "tpf": frame.tokens.sum() / frame.forwards.sum(), "tokens_per_s": frame.tokens.sum() / frame.seconds.sum(),
         "positions_fed": frame.positions_fed.mean(), "cpu_seconds": frame.cpu_seconds.mean(), "tokens": frame.tokens.mean(),
-        "peak_memory_gb": peak_memory_gb(), **({"kv_bytes": frame.kv_bytes.mean()} if "kv_bytes" in frame else {})}])
+        "peak_memory_gb": frame.peak_memory_gb.max(), **({"kv_bytes": frame.kv_bytes.mean()} if "kv_bytes" in frame else {})}])
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """What a forward of a decode costs as it grows, beside the two floors of the machine: its matmul rate and its memory bandwidth.
 
 An AR model reads its weights for one position, a block-diffusion model for a block and its copy: as long as reading the weights is what
-takes the time, the other positions are free. Entry points: `measure` (a table), `Machine`, `random_llama`, `figure`.
+takes the time, the other positions are free. Entry points: `measure` (a table), `Machine`, `random_llama`, `figure`,
+`lengths` (as the text grows).
 """
 
 import time
@@ -119,4 +120,18 @@ def figure(table: pd.DataFrame) -> Figure:
         ax.set(xscale="log", yscale="log", xlabel="positions of a forward", ylabel="milliseconds", title=name)
         ax.grid(True, which="major")
         ax.legend(fontsize=7.5)
+    return fig
+
+
+@styled
+def lengths(table: pd.DataFrame) -> Figure:
+    """Time of a forward against the tokens already read, a line a block size. Columns: block_size, context, seconds."""
+    need(table, "lengths", "block_size", "context", "seconds")
+    fig, ax = plt.subplots(figsize=(5.2, 3.4))
+    for (size, group), colour in zip(table.groupby("block_size"), (OKABE["black"], OKABE["blue"], OKABE["vermillion"], OKABE["green"])):
+        group = group.sort_values("context")
+        ax.plot(group.context, 1e3 * group.seconds, "o-", color=colour, markersize=4, label="one position" if size == 1 else f"a block of {size}")
+    ax.set(xlabel="tokens already read", ylabel="milliseconds a forward", ylim=(0, None))
+    ax.grid(axis="y")
+    ax.legend(fontsize=8)
     return fig

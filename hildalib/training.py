@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from hildalib import HildaError, adapters, backbones, tables
 from hildalib.attention import TILED
-from hildalib.devices import cpu_has_bf16
+from hildalib.devices import bf16_fault, start_peak
 from hildalib.gated import CleanReading, checkpointing, is_gated, read_clean
 from hildalib.layout import Layout, clean_logits, target_logits, target_scores, validate
 from hildalib.noise import Noised, own_drafts
 from hildalib.objective import combine, correct_entropy, predictable, target_counts, top_k_kl
 from hildalib.recipe import NoisedRows, Recipe, collate, noised_of
 from hildalib.runs import claim, fingerprint, load_finished, publish, resumable
-from hildalib.trainlog import ProgressLines, Sums, peak_memory_gb  # noqa: F401  (peak memory is asked for here)
+from hildalib.trainlog import ProgressLines, Sums
 from hildalib.wsd import merge_checkpoints
 
 
@@ -217,7 +217,7 @@ class DiffusionTrainer(Trainer):
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingArguments:
     log_every, (batch_size, accumulate) = min(recipe.log_every, recipe.schedule.total_steps), recipe.share(processes())
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate,
         max_steps=recipe.schedule.total_steps, learning_rate=recipe.adapter_lr if recipe.adapter_rank else recipe.lr, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.lr_floor}, warmup_steps=recipe.warmup_steps, weight_decay=recipe.weight_decay,
@@ -228,6 +228,8 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device) -> TrainingAr
         save_total_limit=None if recipe.merge_top_k else 2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
         seed=recipe.seed, use_cpu=device.type == "cpu", bf16=recipe.precision == "bfloat16", dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)  # all are used; buffers are constants, and not every process runs a drafting forward
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a second card is for a second process: DataParallel would split rows that belong together
+    return arguments
 
 
 def processes() -> int:
@@ -300,8 +302,12 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
         raise HildaError("residual_share > 0 needs the frozen model that supplies the residual; pass reference=... or set residual_share to 0")
     if recipe.merge_top_k and (validation is None or not recipe.save_every):
         raise HildaError("merge_top_k > 0 needs validation rows and save_every > 0, or there is nothing to choose from")
-    if recipe.precision == "bfloat16" and model.device.type == "cpu" and not cpu_has_bf16():
-        print("this CPU emulates bfloat16: with precision = float32 (--set precision=float32) the same steps are faster here", flush=True)
+    if recipe.merge_top_k and hasattr(model, "peft_config"):
+        raise HildaError("merge_top_k averages whole models, and here adapters are trained; set merge_top_k to 0")
+    if recipe.precision == "bfloat16" and (fault := bf16_fault(model.device)):
+        if model.device.type == "cuda":
+            raise HildaError(f"{fault}; train with --set precision=float32, or add +pascal to the profile")
+        print(f"{fault}: with precision = float32 (--set precision=float32) the same steps are faster here", flush=True)
     arguments, log = _arguments(recipe, folder / "checkpoints", model.device), folder / "log.csv"
     if arguments.process_index == 0:
         claim(folder, fingerprint(model, rows, recipe))
@@ -317,6 +323,7 @@ def train(model, tokenizer, rows: dict[str, Tensor], recipe: Recipe, folder: Pat
                                recipe=recipe, hilda=model.config.hilda, parent=parent, reference=reference)
     if trainer.is_fsdp_enabled and (recipe.merge_top_k or recipe.residual_share or recipe.mask_noise_steps or hasattr(model, "peft_config")):
         raise HildaError("with sharded weights (FSDP) there is no merge_top_k, residual, mask_noise or adapter; set these to 0, or train without FSDP")
+    start_peak()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines(title))
     model.train()

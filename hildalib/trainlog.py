@@ -1,6 +1,6 @@
 """What a training run says of itself: sums between two logs, over all processes, and a line every few seconds.
 
-Entry points: `Sums`, `ProgressLines` (a Trainer callback), `peak_memory_gb`, `BUCKETS` (edges of the per-t loss curves).
+Entry points: `Sums`, `ProgressLines` (a Trainer callback), `BUCKETS` (edges of the per-t loss curves).
 """
 
 import time
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hildalib.devices import peak_memory_gb
 from hildalib.noise import Noised
 
 BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -45,16 +46,6 @@ class Sums:
         self.__init__()
         means = {part: sums[part] / sums[f"{part}_n"] for part in PARTS if sums[f"{part}_n"]}
         return means | {"clean_tokens_per_s": sums["clean_tokens"] / spent, "peak_memory_gb": peak_memory_gb()}
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: the accelerator's if there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return getattr(info, "peak_wset", info.rss) / 1e9  # Windows keeps a peak; elsewhere the current size, logged often, has one
 
 
 class ProgressLines(TrainerCallback):

@@ -44,13 +44,15 @@ path_beams = [2]
 ar_beams = [2]
 
 # %%
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import transformers
 
 from hildalib import artefacts, backbones, comparison, evaluate, figures, paths, tasks
-from hildalib.decoding import EditSettings, SearchSettings, self_speculate, vote
+from hildalib.decoding import EditSettings, SearchSettings, commit, self_speculate, vote
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "08_search"
@@ -98,7 +100,9 @@ for beams in [1, *ar_beams]:
 # %% [markdown]
 # ## What can judge a block?
 #
-# The drafts are careless on purpose (`draft`, no edits): there is something to find. Every beam gets children whose tokens are drawn with noise, which changes what is sure and so also the order; one child takes no noise. The published search judges them after their first forward, by how likely their guess of the block is when the block is masked again. With nothing to the right that is the reading the guess came from: the child without noise always wins. The other judges see finished blocks:
+# The published search writes two tokens a forward, every child with noise, which changes what is sure and so also the order. It judges them after the first forward of a block, by how likely their guess of the block is when the block is masked again. With nothing to the right that is the reading the guess came from. *As published* is that; *two a forward* is its control, without noise and search.
+#
+# The others work on drafts that are careless on purpose (`draft`, no edits): there is something to find. One child of every beam takes no noise. *First guess* is judged as published, and then the child without noise always wins. The other judges see finished blocks:
 #
 # * *path*: the confidences the tokens were written with; no forward;
 # * *remasked*: the published score;
@@ -110,19 +114,22 @@ for beams in [1, *ar_beams]:
 # Every beam pays for its forwards, and every candidate for its judge. Equal candidates become one and pay once from then on.
 
 # %%
-DRAFTS, Q = "careless drafts", "preset Q"
-bases = {DRAFTS: settings(draft, 1.0),
+DRAFTS, Q, TWO = "careless drafts", "preset Q", "two a forward"
+bases = {DRAFTS: settings(draft, 1.0), TWO: replace(settings(draft, 1.0), commit=commit.Quota(2)),
          Q: settings(*(chosen["presets"]["Q"][name] for name in ("tau_mask", "tau_edit")))}
 
 
-def search(base: str, beams: int, children: int, judge: str, arm: str = "search", when: str = "block"):
+def search(base: str, beams: int, children: int, judge: str, arm: str = "search", when: str = "block",
+           greedy_child: bool = True):
     choices = SearchSettings(beams=beams, children=children, temperature=temperature, scorer=judge,
-                             prune=when)
+                             prune=when, greedy_child=greedy_child)
     record(arm, evaluate.searching(bases[base], choices, seed), base=base, candidates=choices.width,
            judge=judge)
 
 
-search(DRAFTS, *width, "remasked", arm="as published", when="first")
+record("two a forward", evaluate.diffusion(bases[TWO]))
+search(TWO, *width, "remasked", arm="as published", when="first", greedy_child=False)
+search(DRAFTS, *width, "remasked", arm="first guess", when="first")
 for name in scorers:
     search(DRAFTS, *width, name)
 
@@ -186,8 +193,8 @@ print(means[[*keys, "accuracy", "low", "high", "nfe", "positions_fed"]].round(3)
 
 # %%
 same = everything[(everything.base == DRAFTS) & (everything.candidates == width[0] * width[1])]
-judges = same[same.arm.isin(["as published", "search"])]
-judges = judges.assign(judge=judges.judge.where(judges.arm == "search", "as published"))
+judges = same[same.arm.isin(["first guess", "search"])]
+judges = judges.assign(judge=judges.judge.where(judges.arm == "search", "first guess"))
 alone = everything[(everything.arm == "one draft") & (everything.judge == f"tau {draft}")]
 alone = alone.assign(judge="one draft")
 judges = pd.concat([alone, judges], ignore_index=True)
@@ -196,8 +203,8 @@ figures.save(figures.ablation(judges, "accuracy", "judge", better="higher"), "08
 plt.show()
 
 # %%
-shown = means[~means.arm.isin(["as published", "best sample, same judge"])]
-shown = shown[(shown.arm != "search") | (shown.judge == scorer)]
+shown = means[~means.arm.isin(["first guess", "best sample, same judge"])]
+shown = shown[(shown.arm != "search") | (shown.judge == scorer)].replace({"base": {TWO: DRAFTS}})
 figures.save(comparison.spending(shown), "08_search", shown, profile=profile, seed=seed, provenance=origin)
 plt.show()
 
@@ -223,6 +230,7 @@ named += [pick(arm, base=DRAFTS, candidates=many)
 named += [pick("paths", candidates=path_beams[0])]
 named += [pick(arm, f"{arm} over Q", base=Q) for arm in ("search", "best sample", "vote")]
 named += [pick("one draft", f"one draft, tau {tau_masks[-1]}", judge=f"tau {tau_masks[-1]}")]
+named += [pick("two a forward"), pick("as published")]
 named += [pick("dLLM S"), pick("dLLM Q"), pick("self-speculation"), pick("AR twin", candidates=1)]
 named = pd.concat(named, ignore_index=True)
 measures = {"accuracy": ("accuracy", "higher"), "nfe": ("forwards", "lower"),

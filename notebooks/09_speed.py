@@ -19,11 +19,11 @@
 #
 # **Question.** How much faster than its autoregressive twin does a block-diffusion model write, which of the published decoders buys that, and what does it cost in accuracy?
 #
-# **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`, converted with `causal_context`.
+# **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`, converted with `causal_context`. It measures the CPU, also where there is a GPU.
 #
-# **Time.** Smoke: about 45 seconds. Profile nano: 15 minutes of one core, half of them training.
+# **Time.** Smoke: about a minute. Profile nano: 15 minutes of one core, half of them training; smol: 45, of which 30 training.
 #
-# **Outputs.** The models trained here under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, six figures.
+# **Outputs.** The models trained here under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, `lengths.csv`, and the figures.
 
 # %% tags=["parameters"]
 profile = "smoke"
@@ -51,7 +51,8 @@ kl_weight = 0.5
 pipeline = 4
 thresholds = [0.5, 0.9]
 draft = 0.5
-decoders = ["threshold", "factor", "wino + wino", "threshold + edit"]
+decoders = ["factor", "factor, sub-blocks", "wino + wino", "threshold + edit", "threshold + edit, look back"]
+search = [2, 2]
 routes = ["dynamic"]
 full_length = 48
 caches = ["none", "dual"]
@@ -61,7 +62,7 @@ zap_texts = 16
 formats = ["float32", "bfloat16"]
 sizes = [1, 4]
 batches = [1]
-context = 32
+contexts = [32, 64]
 shape = []
 
 # %%
@@ -75,10 +76,11 @@ import transformers
 
 from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, pairs, paths, roofline, tasks
 from hildalib import formats as weight_formats
-from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings
+from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings
 from hildalib.decoding import commit, revise, staleness
 from hildalib.decoding.compression import Drawn, Zap, knorm, large
 from hildalib.recipe import Recipe, arm
+from hildalib.residual import Residual, Smoothing
 from hildalib.training import train
 from hildalib.wsd import BlockSchedule
 
@@ -87,7 +89,7 @@ NOTEBOOK = "09_speed"
 output, folder = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir(profile, NOTEBOOK, seed)
 models, benchmark = {}, tasks.load(task)
 for name in ("dLLM", "AR twin"):
-    models[name], tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", name, seed), dtype=dtype)
+    models[name], tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", name, seed), dtype=dtype, device="cpu")
 size, vocabulary = models["dLLM"].config.hilda["block_size"], len(models["AR twin"].get_input_embeddings().weight)
 
 # %% [markdown]
@@ -122,7 +124,7 @@ ways = {"gated": ("AR twin", replace(arm(recipe, "no T2T"), adapter_rank=rank, c
 
 
 def started(name: str):
-    model = backbones.load(artefacts.model_folder(profile, "03_sft", ways[name][0], seed), dtype="float32")[0]
+    model = backbones.load(artefacts.model_folder(profile, "03_sft", ways[name][0], seed), dtype="float32", device="cpu")[0]
     if name == "gated":
         torch.manual_seed(seed)  # LoRA draws its start from the global stream
         return gated.draft_as(gated.gate(backbones.with_lora(model, rank)), models["dLLM"])
@@ -149,7 +151,7 @@ def seen(name: str) -> dict:
 
 for name in arms:
     train(started(name), tokenizer, seen(name), ways[name][1], folder / name, parent=models["AR twin"], title=name)
-    models[name] = backbones.load(folder / name / "model", dtype=dtype)[0]
+    models[name] = backbones.load(folder / name / "model", dtype=dtype, device="cpu")[0]
 
 # %% [markdown]
 # ## One by one
@@ -186,22 +188,24 @@ def answers(name: str, decoder, split: str = "test", limit: int = items, batch: 
 
 runs = []
 for turn, (name, (model, decoder)) in itertools.product(range(rounds), contestants.items()):
-    runs.append(answers(model, decoder, limit=single_items, batch=1).assign(round=turn, arm=name))
-runs = pd.concat(runs, ignore_index=True)
+    runs.append(answers(model, decoder, limit=single_items, batch=1).assign(round=turn, arm=name).rename_axis("item"))
+runs = pd.concat(runs).reset_index()
 sums = runs.pivot_table(["tokens", "cpu_seconds"], "round", "arm", aggfunc="sum")
 rate = sums.tokens / sums.cpu_seconds
 speed, of_generate = (rate.div(rate[name], axis=0) for name in ("AR twin", "AR twin, generate"))
-alone = pd.concat([evaluate.summary(part).assign(arm=name, speed=speed[name].median(), slowest=speed[name].min(),
+alone = pd.concat([evaluate.summary(part.groupby("item").mean(numeric_only=True)).assign(arm=name, speed=speed[name].median(), slowest=speed[name].min(),
                                                  fastest=speed[name].max(), of_generate=of_generate[name].median(), seed=seed)
                    for name, part in runs.groupby("arm", sort=False)], ignore_index=True)
 alone.to_csv(output / "speed.csv", index=False)
-columns = ["arm", "tpf", "positions_fed", "tokens_per_s", "speed", "slowest", "fastest", "of_generate"]
+columns = ["arm", "accuracy", "tpf", "positions_fed", "tokens_per_s", "speed", "slowest", "fastest", "of_generate"]
 print(alone[columns].round(2).to_string(index=False))
 
 # %% [markdown]
 # ## Everything on one model
 #
-# The published decoders differ in who is written and who is revised; each decodes the same test prompts, at its published constants. Revision rules work on drafts that are written carelessly (`draft`), for a good draft leaves them nothing to do. Nothing is chosen here, so nothing is tuned on test prompts.
+# The published decoders differ in who is written and who is revised; each decodes the same test prompts, at its published constants. Beside all of them stands the plain threshold, at several. Revision rules work on drafts that are written carelessly (`draft`), for a good draft leaves them nothing to do. *Sub-blocks* writes the left half of a block first (Fast-dLLM v2), *look back* edits the block before the one just closed once more. Nothing is chosen here, so nothing is tuned on test prompts.
+#
+# Three ways to write a block more than once and keep the best: order-token search as published, the same over careless drafts with the causal copy as its judge, and as many samples under that judge (notebook 08). What a mask carries from one forward to the next (notebook 07): smoothing and the residual, for which this model was not trained; a model that was stands in that notebook, and in the table below where it has been run on as many prompts.
 #
 # S2D2 stands beside editing, of which it has a share: the same edits at Q's threshold, and in some forwards a second one in which the model at block size 1 accepts a drafted run token by token, by a draw as published, or (ours) where the draft is its own choice. The model that reads in both directions is decoded with the keys of the whole text read anew in every forward, or once a block: then what stands before the block (prefix), and behind it too (dual), is as old as the block.
 
@@ -210,18 +214,32 @@ frequencies = commit.unigram(rows["input_ids"], vocabulary)
 
 
 def rule_of(words: str) -> EditSettings:
+    words, _, extra = words.partition(", ")
     written, _, revised = words.partition(" + ")
     rule = commit.RULES[written]()
     if written == "pc":
         rule = replace(rule, frequencies=frequencies)
     if revised and written == "threshold":
         rule = commit.Threshold(draft)
-    return replace(plain, commit=rule, revise=revise.RULES[revised]() if revised else revise.Edit(1.0))
+    more = {"": {}, "sub-blocks": {"sub_block": max(size // 2, 1)}, "look back": {"look_back": 1, "tau_edit": 0.5}}
+    return replace(plain, commit=rule, revise=revise.RULES[revised]() if revised else revise.Edit(1.0), **more[extra])
 
 
+careless = replace(plain, tau_mask=draft, tau_edit=1.0)
 plan = [("", name, model, decoder) for name, (model, decoder) in contestants.items()]
+plan += [("", "threshold", "dLLM", evaluate.diffusion(replace(plain, tau_mask=tau, tau_edit=1.0))) for tau in thresholds]
 plan += [("who is revised" if "+" in words else "who is written", words, "dLLM",
           evaluate.diffusion(rule_of(words), seed)) for words in decoders]
+if search:
+    width = dict(zip(("beams", "children"), search))
+    published = SearchSettings(**width, scorer="remasked", prune="first", greedy_child=False)
+    samples = SearchSettings(beams=1, children=search[0] * search[1], scorer="causal", prune="end")
+    two = replace(careless, commit=commit.Quota(2))
+    plan += [("several drafts", name, "dLLM", evaluate.searching(settings, choices, seed)) for name, settings, choices in (
+        ("search, as published", two, published), ("search, causal copy", careless, SearchSettings(**width, scorer="causal")),
+        ("best sample, causal copy", careless, samples))]
+plan += [("what a mask carries", name, "dLLM", evaluate.diffusion(replace(chosen["Q"], residual=carried)))
+         for name, carried in (("smoothing", Smoothing()), ("residual, untrained", Residual(top_k=32)))]
 for tau in thresholds if routes else []:
     edits = replace(chosen["Q"], tau_mask=tau)
     plan.append(("judged by block size 1", "no judge", "dLLM", evaluate.diffusion(edits)))
@@ -238,6 +256,9 @@ for name, tau in itertools.product([name for name in arms if name != "full seque
         open_blocks = PipelineSettings(tau_mask=tau, blocks=pipeline, max_new_tokens=max_new_tokens)
         decoder = evaluate.pipelined(open_blocks)
     plan.append(("other training, no edits", name, name, decoder))
+for tau in thresholds:
+    open_blocks = PipelineSettings(tau_mask=tau, blocks=pipeline, max_new_tokens=max_new_tokens)
+    plan.append(("other training, no edits", "pipelined, untrained", "dLLM", evaluate.pipelined(open_blocks)))
 table, texts = [], {}
 for base, name, model, decoder in plan:
     frame = answers(model, decoder)
@@ -261,12 +282,45 @@ if len(tables) > 2:
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
           "interval": "95 %, over seeds" if len(tables) > 2 else "95 % Wilson, over items"}
 page = page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
-own = {"09_judged": "judged by block size 1", "09_caches": "reads in both directions"}
+own = {"09_judged": "judged by block size 1", "09_caches": "reads in both directions", "09_searched": "several drafts",
+       "09_carried": "what a mask carries"}
 parts = {"09_decoders": page[~page.base.isin(own.values())]}
 parts |= {name: page[page.base.isin(["", base])] for name, base in own.items() if base in set(page.base)}
 for name, part in parts.items():
     figures.save(comparison.spending(part), name, part, profile=profile, seed=seed, provenance=origin)
     plt.show()
+
+# %% [markdown]
+# All of them at once, the trained residual of notebook 07 included: accuracy against forwards, and against speed (tokens a CPU-second in these batches, as a multiple of the straight twin's in the same run). Named are those that nothing beats in both.
+
+# %%
+every = [part.assign(seed=number, speed=part.tokens / part.cpu_seconds) for number, part in tables.items()]
+every = pd.concat([part.assign(speed=part.speed / part.speed[part.arm == "AR twin"].iloc[0]) for part in every])
+found = artefacts.seeds_done(profile, "07_residual", "benchmarks.csv").items()
+trained = [pd.read_csv(path).assign(seed=number, base="what a mask carries") for number, path in found if number in tables]
+trained = pd.concat([part[(part["items"] == items) & part.arm.isin(["residual", "no residual"])] for part in trained or [table[:0]]])
+every = pd.concat([every, trained.replace({"arm": {"residual": "RCD, trained", "no residual": "RCD's control"}})])
+every["setting"] = every.groupby(["seed", "base", "arm"]).cumcount()
+values = ["accuracy", "nfe", "speed", "tpf"]
+split = {number: part for number, part in every.groupby("seed")}
+front = evaluate.across_seeds(split, ["base", "arm", "setting"], values, shares=("accuracy",))
+if len(split) == 1:
+    front[["accuracy_low", "accuracy_high"]] = every[["low", "high"]].to_numpy()
+front = front.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+figures.save(comparison.pareto(front, {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}), "09_pareto", front,
+             profile=profile, seed=seed, provenance=origin)
+plt.show()
+
+# %% [markdown]
+# Which gains replicate? Of every way of decoding, the accuracy less what the plain threshold reaches in as many forwards (between its settings on a line, beyond them as at the last), each difference within a seed. Filled: sure over seeds; hollow: not sure, or a single run.
+
+# %%
+gains = comparison.at_equal_cost(every, "accuracy", "nfe", reference="threshold")
+gains = gains[~gains.arm.isin(["dLLM, block size 1", "AR twin, generate"])].sort_values("difference", ascending=False).assign(measure="accuracy at equal forwards", better="higher")
+figures.save(comparison.verdicts(gains, reference="the threshold"), "09_gains", gains, profile=profile, seed=seed,
+             provenance=origin)
+plt.show()
+print(gains[["arm", "difference", "low", "high", "seeds", "same_sign"]].round(3).to_string(index=False))
 
 # %% [markdown]
 # Are the lossless ways lossless? Each text beside the text it must equal:
@@ -337,7 +391,7 @@ plt.show()
 # The same dLLM with other weights: what a forward over one block costs, what the weights take, and what Q answers. Fewer bits save memory traffic, of which a small model on a CPU has little; what has no kernel here says so. A compiled forward is one graph for one shape: a decode meets dozens (prompts, rows asked, slots in use), so compiling is timed on one and not used.
 
 # %%
-weighed = weight_formats.table(models["dLLM"], formats, size=size, context=context)
+weighed = weight_formats.table(models["dLLM"], formats, size=size, context=contexts[0])
 for row in weighed.query("reason == '' and format != 'compiled'").index:
     name = weighed.format[row]
     models[name] = weight_formats.convert(models["dLLM"], name)
@@ -360,15 +414,25 @@ timed = {f"this model, {models['dLLM'].num_parameters() / 1e6:.1f} M": models["d
 if shape:
     other = roofline.random_llama(*shape).to(machine.dtype)
     timed[f"random Llama, {other.num_parameters() / 1e6:.0f} M"] = other
-grid = dict(sizes=sizes, batches=batches, context=context)
+grid = dict(sizes=sizes, batches=batches, context=contexts[0])
 costs = pd.concat([roofline.measure(model, machine, **grid).assign(model=name) for name, model in timed.items()],
                   ignore_index=True)
 costs.to_csv(output / "roofline.csv", index=False)
 figures.save(roofline.figure(costs), "09_roofline", costs, profile=profile, seed=seed,
              provenance={"threads": torch.get_num_threads(), "GFLOP/s": round(machine.flops / 1e9),
-                         "GB/s": round(machine.bandwidth / 1e9, 1), "context": context})
+                         "GB/s": round(machine.bandwidth / 1e9, 1), "context": contexts[0]})
 plt.show()
 print(costs.round(5).to_string(index=False))
+
+# %% [markdown]
+# And as the text grows: one row, its block beside a single position, behind ever more that is already read.
+
+# %%
+spans = [roofline.measure(models["dLLM"], machine, sizes=[1, size], batches=[1], context=span).assign(context=span) for span in contexts]
+spans = pd.concat(spans, ignore_index=True)
+spans.to_csv(output / "lengths.csv", index=False)
+figures.save(roofline.lengths(spans), "09_lengths", spans, profile=profile, seed=seed, provenance={"threads": torch.get_num_threads()})
+plt.show()
 
 # %% [markdown]
 # How fast the contestants were, as a multiple of the twin's tokens a CPU-second; the bar spans the rounds, or with three seeds its 95 % interval over them.

@@ -555,6 +555,25 @@ def test_card_that_this_pytorch_has_no_kernels_for_is_left_for_the_cpu(monkeypat
         devices.cuda_fault.cache_clear()
 
 
+def test_the_report_says_how_a_card_is_put_to_use(monkeypatch):
+    monkeypatch.setattr(devices, "cuda_fault", lambda: f"no CUDA device; {devices._cuda_build()}")
+    assert f"torch=={torch.__version__.split('+')[0]}+cu126 --index-url https://download.pytorch.org/whl/cu126" in devices.device_report()["settings"]
+    assert "whl/cu126" not in devices.device_report("cpu")["settings"]  # the CPU was asked for
+
+
+def test_a_peak_is_seen_when_it_is_over_and_starts_anew_where_the_system_can():
+    devices.start_peak()
+    before = devices.peak_memory_gb()
+    block = torch.ones(50_000_000)
+    peak = devices.peak_memory_gb()
+    del block
+    if not devices.STATUS.exists():
+        pytest.skip("only Linux tells the peak of a stretch of time")
+    assert peak > before + 0.15 and devices.peak_memory_gb() > peak - 0.01  # the kernel counts in batches
+    devices.start_peak()
+    assert not os.access(devices.RESET, os.W_OK) or devices.peak_memory_gb() < peak - 0.1
+
+
 def test_device_report_agrees_with_the_choices_made_at_load():
     report = devices.device_report("cpu")
     assert report["dtype"] == str(devices.choose_dtype("cpu")).removeprefix("torch.") and report["threads"] == str(torch.get_num_threads())

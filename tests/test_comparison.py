@@ -9,6 +9,7 @@ import pytest
 
 from hildalib import HildaError, comparison
 from hildalib.comparison import POINTS, arms, at_equal_tpf, best_at, difference_curve
+from hildalib.intervals import mean_interval
 from hildalib.style import GREY, OKABE
 
 
@@ -119,6 +120,32 @@ def test_differences_are_paired_by_seed():
     assert found.difference["c"] == pytest.approx(0.0) and found.seeds["c"] == 2 and found.low["c"] < -0.5
     with pytest.raises(HildaError, match="rows of the arm 'd'"):
         comparison.differences(table, "loss", reference="d")
+
+
+def test_at_equal_cost_the_reference_is_read_off_its_own_line():
+    rows = [("plain", seed, nfe, accuracy + 0.1 * seed) for seed in range(3) for nfe, accuracy in ((2, 0.2), (4, 0.6))]
+    rows += [("between", seed, 3, 0.4 + 0.1 * seed + gap) for seed, gap in enumerate((0.1, 0.2, 0.3))]
+    rows += [("dear", seed, 9, 0.5 + 0.1 * seed) for seed in range(3)] + [("cheap", 0, 1, 0.2), ("cheap", 1, 1, 0.4)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "nfe", "accuracy"])
+    found = comparison.at_equal_cost(table, "accuracy", "nfe", reference="plain").set_index("arm")
+    assert list(found.index) == ["between", "dear", "cheap"] and found.seeds.tolist() == [3, 3, 2]
+    mean, low, high = mean_interval([0.1, 0.2, 0.3])
+    assert found.loc["between", ["difference", "low", "high"]].tolist() == pytest.approx([mean, low, high])
+    assert found.difference["dear"] == pytest.approx(-0.1) and found.difference["cheap"] == pytest.approx(0.05)
+    assert found.same_sign.tolist() == [True, True, False]
+    with pytest.raises(HildaError, match="needs rows of the arm 'absent' in seed 0"):
+        comparison.at_equal_cost(table, "accuracy", "nfe", reference="absent")
+
+
+def test_the_front_is_what_nothing_beats_in_both():
+    table = pd.DataFrame([("a", 1, 0.5, 4.0), ("b", 2, 0.5, 5.0), ("c", 3, 0.9, 1.0), ("d", 4, 0.8, 2.0), ("c", 3, 0.9, 1.0)],
+                         columns=["arm", "nfe", "accuracy", "speed"]).assign(low=0.1, high=0.95)
+    assert comparison.best(table, "nfe", less=True).tolist() == [True, False, True, False, True]
+    assert comparison.best(table, "speed", less=False).tolist() == [False, True, True, True, True]
+    figure = comparison.pareto(table, {"nfe": "forwards", "speed": "speed"})
+    assert len(figure.axes) == 2 and {text.get_text() for text in figure.axes[0].texts} == {"a", "c"}
+    with pytest.raises(HildaError, match="'pareto' needs column"):
+        comparison.pareto(table.drop(columns="speed"), {"nfe": "forwards", "speed": "speed"})
 
 
 def test_the_page_of_verdicts_is_sure_only_where_the_interval_is_and_names_what_runs_off_it():

@@ -9,7 +9,8 @@ import torch
 from tiny import EOS, FIRST, MASK, tiny
 
 from hildalib import HildaError, attention, nano
-from hildalib.decoding import PRESETS, Decoded, EditSettings, Trace, ar_decode, edit_decode, rules, settings_for
+from hildalib.decoding import (PRESETS, Decoded, EditSettings, PipelineSettings, Trace, ar_decode, edit_decode, pipeline_decode, rules, self_speculate,
+                               settings_for)
 from hildalib.decoding.cache import BlockCache
 from hildalib.decoding.trace import COMMITTED, DRAFT, EDITED, PROMPT, MASK as MASKED
 
@@ -123,6 +124,21 @@ def test_an_empty_prompt_needs_a_model_without_shift():
     with pytest.raises(HildaError, match="the prompt needs at least one token"):
         edit_decode(tiny()[0], empty, EditSettings(max_new_tokens=2))
     assert edit_decode(tiny(shift=False)[0], empty, EditSettings(max_new_tokens=6)).ids.shape == (1, 6)
+
+
+@pytest.mark.parametrize("decode", [lambda *a, **k: ar_decode(*a, max_new_tokens=2, **k), lambda *a, **k: self_speculate(*a, max_new_tokens=2, **k),
+                                    lambda *a, **k: edit_decode(*a, EditSettings(max_new_tokens=2), **k), pipeline_decode])
+def test_a_batch_with_an_empty_prompt_is_refused_by_every_decoder(decode):
+    model, _ = tiny(causal=True)
+    with pytest.raises(HildaError, match="the prompt needs at least one token"):
+        decode(model, torch.tensor([[5, 6], [5, 6]]), attention_mask=torch.tensor([[1, 1], [0, 0]]))
+
+
+def test_a_pipeline_needs_a_dllm_whatever_block_size_is_asked_for():
+    model, _ = tiny()
+    del model.config.hilda
+    with pytest.raises(HildaError, match="no dLLM: convert it first"):
+        pipeline_decode(model, PROMPT_IDS, PipelineSettings(block_size=4))
 
 
 def test_a_model_that_is_no_dllm_is_refused_with_the_remedy():

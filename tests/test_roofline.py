@@ -1,5 +1,6 @@
 """Floors against hand counts; the table has the forwards that were asked for. No time is asserted beyond being one."""
 
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny
@@ -29,6 +30,14 @@ def test_one_row_a_shape_and_the_model_is_left_as_it_was():
     assert len(axes) == 1 and len(axes[0].lines) == 4
     with pytest.raises(HildaError, match="'roofline' needs column"):
         roofline.figure(table)
+
+
+def test_lengths_have_a_line_a_block_size():
+    model, _ = tiny(causal=True)
+    table = pd.concat([roofline.measure(model, roofline.Machine(1e9, 1e9), sizes=[1, 4], batches=[1], context=span, seconds=0.01).assign(context=span)
+                       for span in (8, 16)])
+    lines = roofline.lengths(table).axes[0].lines
+    assert [line.get_label() for line in lines] == ["one position", "a block of 4"] and all(line.get_xdata().tolist() == [8, 16] for line in lines)
 
 
 def test_half_the_bytes_and_the_adapters_of_noisy_rows_count():

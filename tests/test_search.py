@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from tiny import EOS, FIRST, MASK, padded, tiny
 
 from hildalib import HildaError
 from hildalib.decoding import Beams, EditSettings, SearchSettings, ar_decode, edit_decode, explore, order_token_search, vote
+from hildalib.decoding.compression import Compression
 from hildalib.decoding.scorers import SCORERS
+from hildalib.residual import Residual, Smoothing
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9]])
 PRUNES = ("first", "block", "end", "write")
@@ -299,3 +302,35 @@ def test_what_a_search_cannot_share_or_take_back_is_refused():
         explore(model, PROMPT, EditSettings(look_back=1), SearchSettings(), generator=noise())
     with pytest.raises(HildaError, match="search with tau_edit=1"):
         explore(model, PROMPT, EditSettings(tau_edit=0.5), path)
+    with pytest.raises(HildaError, match="search with kv=None"):
+        explore(model, PROMPT, EditSettings(kv=Compression(bits=8)), SearchSettings(), generator=noise())
+    with pytest.raises(HildaError, match="beams share an account"):
+        explore(model, PROMPT, EditSettings(residual=Smoothing()), SearchSettings(), generator=noise())
+    with pytest.raises(HildaError, match="branches before a residual is made"):
+        explore(model, PROMPT, EditSettings(tau_edit=1.0, residual=Residual()), path)
+
+
+@pytest.mark.parametrize("prune", PRUNES[:3])
+def test_beams_carry_their_residuals(prune):
+    """One beam is greedy decoding with it; of several, those of one prompt do not change what the others write."""
+    model = endless(3, causal=True, sharpen=3.0)
+    settings = EditSettings(tau_mask=0.5, tau_edit=1.0, max_new_tokens=9, residual=Residual())
+    batch, real = padded([torch.randint(FIRST, 15, (n,), generator=noise(n)) for n in (3, 6)])
+    one = order_token_search(model, batch, settings, SearchSettings(beams=1, children=1, prune=prune), attention_mask=real)
+    assert torch.equal(one.ids, edit_decode(model, batch, settings, attention_mask=real).ids)
+    plain = order_token_search(model, batch, replace(settings, residual=None), SearchSettings(beams=1, children=1, prune=prune), attention_mask=real)
+    assert not torch.equal(one.ids, plain.ids)  # it does act
+    several = explore(model, batch, settings, SearchSettings(beams=2, children=2, scorer="path", prune=prune), attention_mask=real, generator=noise())
+    assert several.ids.shape == (2, 4 if prune == "end" else several.ids.shape[1], 9) and (several.ids != MASK).all()
+
+
+def test_without_a_greedy_child_every_child_is_noisy():
+    """A model of zeros prefers the first token always; noise alone makes it write another."""
+    model = endless(0, causal=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    settings, choices = EditSettings(tau_mask=0.0, tau_edit=1.0, max_new_tokens=8), SearchSettings(beams=1, children=3, prune="end", scorer="path")
+    greedy = edit_decode(model, PROMPT, settings).ids[0]
+    found = {flag: explore(model, PROMPT, settings, replace(choices, greedy_child=flag), generator=noise(1)).ids[0] for flag in (True, False)}
+    assert any(torch.equal(text, greedy) for text in found[True]) and not any(torch.equal(text, greedy) for text in found[False])

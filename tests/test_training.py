@@ -17,6 +17,7 @@ from tiny import FIRST, MASK, as_rows, text, tiny, weights
 from transformers import Trainer
 
 from hildalib import HildaError, attention, backbones, runs, training
+from hildalib.adapters import with_lora
 from hildalib.layout import Layout, target_logits, validate
 from hildalib.recipe import NoisedRows, Recipe, arm, collate
 from hildalib.training import DiffusionTrainer, train
@@ -308,6 +309,21 @@ def test_a_merged_run_is_stored_and_differs_from_its_last_weights(tmp_path):
     merged, _ = run(tmp_path / "merged", recipe, validation=as_rows(*text(4, seed=5)))
     stored, _ = backbones.load(tmp_path / "merged" / "model", dtype="float32", device="cpu")
     assert torch.equal(weights(stored), weights(merged)) and not torch.equal(weights(merged), weights(run(tmp_path / "last")[0]))
+
+
+def test_adapters_have_no_checkpoints_to_merge(tmp_path):
+    model, tokenizer = tiny(shift=True, causal=True)
+    rows = as_rows(*text(12))
+    with pytest.raises(HildaError, match="here adapters are trained; set merge_top_k to 0"):
+        train(with_lora(model, 2), tokenizer, rows, replace(SHORT, merge_top_k=2, save_every=1, adapter_rank=2, adapter_lr=0.01), tmp_path, validation=rows)
+
+
+def test_bfloat16_is_refused_on_a_card_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "bf16_fault", lambda device: "this card (sm_61) has no bfloat16")
+    model, tokenizer = tiny(shift=True, causal=True)
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    with pytest.raises(HildaError, match="sm_61.*precision=float32, or add .pascal"):
+        train(model, tokenizer, as_rows(*text(12)), replace(SHORT, precision="bfloat16"), tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [({"kl_weight": 0.5}, "kl_weight > 0 needs the frozen AR parent"), ({"merge_top_k": 2}, "merge_top_k > 0 needs"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hildalib import attention
 from hildalib.decoding.cache import BlockCache
-from hildalib.decoding.decoded import Decoded, blank, check_context, eos_ids, left_padded
+from hildalib.decoding.decoded import Decoded, blank, check_context, check_prompts, eos_ids, left_padded
 from hildalib.decoding.forward import Forward
 
 
@@ -27,6 +27,7 @@ def ar_decode(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_mask:
     after the best text has ended is not counted.
     """
     lengths = left_padded(prompt_ids, attention_mask)
+    check_prompts(lengths)
     check_context(model, prompt_ids.shape[1] + max_new_tokens)
     eos, forward = eos_ids(model), Forward(model)
     if not forward.straight or temperature or beams > 1:

@@ -1,6 +1,6 @@
 """What goes into every decoder and what comes out: prompts on a canvas of masks, `Decoded`.
 
-Entry points: `Decoded`, `left_padded`, `blank`, `completion`, `check_context`, `eos_ids`.
+Entry points: `Decoded`, `left_padded`, `blank`, `completion`, `check_context`, `check_prompts`, `eos_ids`.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,12 @@ def check_context(model, length: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and length > limit:
         raise HildaError(f"prompt and max_new_tokens need {length} positions, the model's context is {limit}; shorten the prompt or lower max_new_tokens")
+
+
+def check_prompts(lengths: Tensor, shift: bool = True) -> None:
+    """Raises HildaError where a prompt of lengths (B,) has no token and the model needs one."""
+    if shift and int(lengths.min()) < 1:
+        raise HildaError("a shifted model predicts each token from the one before; the prompt needs at least one token")
 
 
 def left_padded(prompt_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

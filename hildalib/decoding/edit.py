@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding import rules
-from hildalib.decoding.decoded import Decoded, blank, check_context, completion, eos_ids, left_padded
+from hildalib.decoding.decoded import Decoded, blank, check_context, check_prompts, completion, eos_ids, left_padded
 from hildalib.decoding.reader import Reader
 from hildalib.decoding.settings import EditSettings
 from hildalib.decoding.trace import Recorder
@@ -31,8 +31,7 @@ class BlockLoop:
         self.size = size = settings.block_size or record["block_size"]
         if not size:
             raise HildaError("no block size: the model was never converted; give EditSettings(block_size=...) to decode it anyway")
-        if self.shift and int(lengths.min()) < 1:
-            raise HildaError("a shifted model predicts each token from the one before; the prompt needs at least one token")
+        check_prompts(lengths, self.shift)
         device, batch = prompt_ids.device, len(prompt_ids)
         self.lengths, self.ends = lengths, lengths + settings.max_new_tokens
         slots = -(-int(self.ends.max()) // size) * size
@@ -86,7 +85,7 @@ class BlockLoop:
 
     def _residual(self, live: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
         """(b, K, D): what the next forward adds to the embeddings of `masks` (b, K) bool, read as [MASK] and not written; zeros elsewhere."""
-        forwards = self.reader.forwards[live[masks.nonzero()[:, 0]]]
+        forwards = self.reader.forwards[self.payer[live[masks.nonzero()[:, 0]]]]
         added = self.settings.residual(logits[masks], self.reader.model.get_input_embeddings(), self.mask_id, forwards)
         return carry(added.new_zeros(*masks.shape, added.shape[-1]), masks, added)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hildalib import HildaError
 from hildalib.decoding import rules
-from hildalib.decoding.decoded import Decoded, blank, check_context, completion, eos_ids, left_padded
+from hildalib.decoding.decoded import Decoded, blank, check_context, check_prompts, completion, eos_ids, left_padded
 from hildalib.decoding.reader import Reader
 
 
@@ -104,11 +104,12 @@ def pipeline_decode(model, prompt_ids: Tensor, settings: PipelineSettings = Pipe
     a block was when the next one was begun on it must stay. With blocks = 1 these are the tokens and forwards of `edit_decode` that
     never edits. HildaError for a model without [MASK].
     """
-    record = getattr(model.config, "hilda", None) or {}
-    size = settings.block_size or record.get("block_size")
+    record = getattr(model.config, "hilda", None)
+    size = record and (settings.block_size or record.get("block_size"))
     if not size:
         raise HildaError("this model is no dLLM: convert it first, for example with `hilda run 02_wsd`")
     lengths = left_padded(prompt_ids, attention_mask)
+    check_prompts(lengths, record["label_shift"])
     check_context(model, int(lengths.max()) + settings.max_new_tokens)
     state = _Pipeline(model, prompt_ids, lengths, settings, size)
     while len(state.live):

@@ -18,6 +18,7 @@ from hildalib.decoding.decoded import Decoded, completion, left_padded
 from hildalib.decoding.edit import BlockLoop
 from hildalib.decoding.scorers import SCORERS, Candidates, path
 from hildalib.decoding.settings import EditSettings
+from hildalib.residual import Smoothing
 
 PRUNES = ("first", "block", "end", "write")
 
@@ -25,8 +26,9 @@ PRUNES = ("first", "block", "end", "write")
 @dataclass(frozen=True)
 class SearchSettings:
     """Choices of a search. beams: how many survive (the paper's K, 3 to 8). children: candidates a beam; beams * children of them share what
-    beams there are. temperature: of the Gumbel noise on the masks of all children but each beam's first, which writes what the model
-    prefers (ours; the paper searches 0.2 to 1 for each task); an only child is as noisy as its parent. scorer: what judges them, a name
+    beams there are. temperature: of the Gumbel noise on the masks of the children (the paper searches 0.2 to 1 for each task). greedy_child: each beam's first
+    child takes no noise and writes what the model prefers, an only child is as noisy as its parent (ours); otherwise all children take it, as
+    published. scorer: what judges them, a name
     in SCORERS or a function like those. prune: when they compete:
 
     first: after the block's first forward, each judged by its guess of the whole block; then the survivors write on. The published
@@ -46,6 +48,7 @@ class SearchSettings:
     scorer: str | Callable[[Candidates], Tensor] = "halves"
     prune: str = "block"
     accumulate: bool = True
+    greedy_child: bool = True
 
     def __post_init__(self):
         for name in ("beams", "children"):
@@ -193,7 +196,7 @@ class _Search(BlockLoop):
     # ---- branching ------------------------------------------------------------------------------------------------------------------
 
     def _branch(self) -> None:
-        """Children of every beam that is not finished write the first step of their block: one as the beam would alone, the others with noise."""
+        """Children of every beam that is not finished write the first step of their block: one as the beam would alone (`greedy_child`), the others with noise."""
         done, noisy, index, flags = self.done.tolist(), self.noisy.tolist(), [], []
         for rows in self._groups():
             still = sum(not done[row] for row in rows)
@@ -203,7 +206,7 @@ class _Search(BlockLoop):
                 if not done[row]:
                     room, still = room - share, still - 1
                 index += [row] * share
-                flags += [noisy[row]] if share == 1 else [False] + [True] * (share - 1)
+                flags += [True] * share if not self.search.greedy_child else [noisy[row]] if share == 1 else [False] + [True] * (share - 1)
         self._take(index)
         self.noisy = torch.tensor(flags, device=self.payer.device)
         self.begun, self.before, self.open, self.waiting = self.start.clone(), self.reader.carry, ~self.done, self.done.clone()
@@ -320,10 +323,17 @@ def explore(model, prompt_ids: Tensor, settings: EditSettings, choices: SearchSe
     """All beams that are left when every one has ended; arguments as in `edit_decode`, whose rules of `settings` each beam follows.
 
     Every beam pays for its forwards, and every candidate for the one that judges it; candidates without a rival are not judged. Raises
-    HildaError for settings that look back, and with prune "write" for a revision rule that changes what is written.
+    HildaError for settings that look back, compress the cache or smooth, and with prune "write" for a residual or a revision rule that changes
+    what is written.
     """
     if settings.look_back:
         raise HildaError("look_back re-reads closed blocks, which other beams no longer share; search with look_back=0")
+    if settings.kv is not None:
+        raise HildaError("kv compresses what a text has committed, and beams wait for one another in between; search with kv=None")
+    if isinstance(settings.residual, Smoothing):
+        raise HildaError("Smoothing counts the forwards of one text, and beams share an account; search with residual=None or Residual()")
+    if choices.prune == "write" and settings.residual:
+        raise HildaError("prune = 'write' branches before a residual is made; search with residual=None or prune = 'block'")
     if choices.prune == "write" and (settings.revision_rule.confirms or settings.revision_rule.remasks):
         raise HildaError("prune = 'write' writes each position once; search with tau_edit=1 and no other revision rule")
     lengths = left_padded(prompt_ids, attention_mask)

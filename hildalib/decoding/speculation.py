@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hildalib import HildaError
-from hildalib.decoding.decoded import Decoded, blank, check_context, completion, eos_ids, left_padded
+from hildalib.decoding.decoded import Decoded, blank, check_context, check_prompts, completion, eos_ids, left_padded
 from hildalib.decoding.reader import Reader
 
 SURER = 1.0  # nats by which the AR mode's token behind a wrong one must be more probable than the drafted one (ours; chosen on validation prompts)
@@ -114,6 +114,7 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
     if not record.get("causal_context") or not record["label_shift"] or size < 2:
         raise HildaError("self-speculation needs a shifted dLLM with a causal context and blocks of at least 2; convert one with causal_context: true")
     lengths = left_padded(prompt_ids, attention_mask)
+    check_prompts(lengths)
     check_context(model, int(lengths.max()) + max_new_tokens)
     state = _Speculation(model, prompt_ids, lengths, size, max_new_tokens, tolerance)
     state.begin()

@@ -23,6 +23,7 @@ from hildalib import HildaError, backbones
 from hildalib.attention import TILED
 from hildalib.decoding import EditSettings
 from hildalib.decoding.decoded import eos_ids
+from hildalib.devices import peak_memory_gb
 from hildalib.evaluate import left_pad
 from hildalib.rl import objectives
 from hildalib.rl.exploration import EXPLORATIONS, Explorer
@@ -30,7 +31,6 @@ from hildalib.rl.gradient import Batch, blocks_scored, policy_gradient, scored
 from hildalib.rl.likelihood import States, denoising, elbo_states, mean_field, redrawn, trajectory
 from hildalib.rl.rollout import Rollout, sample, score, spliced
 from hildalib.runs import load_finished, publish
-from hildalib.training import peak_memory_gb
 
 
 @dataclass(frozen=True)
