@@ -304,10 +304,10 @@ def _doctor(options) -> int:
 
 
 def _fetch(options) -> int:
-    from hildalib import backbones, corpora
+    from hildalib import backbones, corpora, tasks
 
     for name in options.names:
-        if name in ("nano", "arithmetic", "gsm_symbolic", "sudoku", "stories-smollm2"):
+        if name in ("nano", "stories-smollm2", *tasks.GENERATED):
             print(f"{name}: made on the spot, nothing to fetch")
         elif name in corpora.SOURCES:
             splits = list(corpora.SOURCES[name].hub_splits or corpora.SOURCES[name].folder)

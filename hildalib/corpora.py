@@ -86,7 +86,7 @@ def _mbpp_member(raw: dict, split: str) -> bool:
 
 
 def _hash_member(raw: dict, split: str) -> bool:
-    return split_of(raw.get("text") or raw["instruction"]) == split
+    return split_of(raw["text"] if "text" in raw else raw["instruction"]) == split
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:

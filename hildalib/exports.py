@@ -38,8 +38,9 @@ def export(model: str | os.PathLike, to: str, out: str | os.PathLike | None = No
     """
     if to not in FORMS:
         raise HildaError(f"export to {to!r} is unknown; use one of {', '.join(FORMS)}")
-    source = Path(model)
-    target = Path(out) if out else (source if source.is_dir() else Path(source.name)).absolute().with_name(f"{source.name}-{to}")
+    name, local = str(model).rstrip("/").rpartition("/")[2], Path(model).is_dir()
+    source = Path(model) if local or str(model) in (weights.SMOL, weights.INSTRUCT) else weights.fetch(model)
+    target = Path(out) if out else source.absolute().with_name(f"{source.name}-{to}") if local else Path(f"{name}-{to}").absolute()
     if target.exists():
         raise HildaError(f"{target} exists; remove it or choose another --out")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -72,13 +72,18 @@ def profiles(folder: Path | None = None) -> list[str]:
     return [SMOKE, *_names(folder)] if folder.is_dir() else [SMOKE]
 
 
+def overlays(folder: Path | None = None) -> list[str]:
+    """Every overlay: a file in the folder of that name."""
+    return sorted(file.stem for file in ((folder or paths.params()) / OVERLAYS).glob("*.yaml"))
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name != OVERLAYS)
 
 
 def _overlay(name: str, record: type, folder: Path) -> dict:
     """What the overlay changes of a notebook's parameters, checked; each of its keys belongs to some notebook."""
-    path, known = folder / OVERLAYS / f"{name}.yaml", sorted(file.stem for file in (folder / OVERLAYS).glob("*.yaml"))
+    path, known = folder / OVERLAYS / f"{name}.yaml", overlays(folder)
     if name not in known:
         raise HildaError(f"unknown overlay {name!r}; {nearest(name, known)}")
     found, own = read_yaml(path), {field.name for field in dataclasses.fields(record)}

@@ -75,6 +75,7 @@ def conversion(values: Mapping) -> Stage:
         raise HildaError(f"quantize = {values['quantize']}: quantised weights are frozen; set lora_rank to the rank of adapters that learn, e.g. 32")
     if values["model"] == "nano":
         parent, tokenizer = nano.nano(values["hidden"], values["layers"], seed=seed)
+        parent.to(devices.choose_device())
     else:
         parent, tokenizer = backbones.load(values["model"], dtype=values["weights"], quantize=values["quantize"] or None)
     vocabulary = len(parent.get_input_embeddings().weight)

@@ -20,6 +20,7 @@ import nbformat
 from hildalib import paths
 
 STAMP = "stamp.json"
+SOURCES = ("notebooks", "hildalib", "params", "constraints.txt", "pyproject.toml")  # of a checkout: what decides a result; a run rewrites the rest
 UNFINISHED = "unfinished.json"
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "numpy", "peft", "tokenizers", "torch", "transformers")
 # Progress states of a trainer inside `checkpoints`, which may be deleted once a run is finished.
@@ -148,7 +149,7 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "versions": versions,
-            "commit": _git("rev-parse", "HEAD") or None, "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+            "commit": _git("rev-parse", "HEAD") or None, "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES))}
 
 
 def _git(*arguments: str) -> str:

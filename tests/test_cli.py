@@ -8,7 +8,7 @@ import tomllib
 import pytest
 import yaml
 
-from hildalib import HildaError, book, paths
+from hildalib import HildaError, book, paths, tasks
 from hildalib.__main__ import main, parser
 
 REQUIREMENT = re.compile(r"([\w-]+)(?:\[[\w,-]+\])?\s*[<>=!~].*")
@@ -94,6 +94,12 @@ def test_doctor_tells_device_and_folders(capsys):
 def test_generate_refuses_a_model_that_does_not_exist(capsys, tmp_path):
     assert run("generate", "x", "--model", str(tmp_path / "nothing")) == 2
     assert str(tmp_path / "nothing") in capsys.readouterr().err
+
+
+def test_what_is_made_on_the_spot_needs_no_fetching(capsys):
+    assert tasks.GENERATED == tuple(name for name in tasks.NAMES if hasattr(tasks.load(name), "stream"))
+    assert run("fetch", *tasks.GENERATED, "nano") == 0
+    assert capsys.readouterr().out.count("made on the spot") == len(tasks.GENERATED) + 1
 
 
 def test_fetch_refuses_an_unknown_name(capsys):

@@ -53,6 +53,11 @@ def test_plain_gzip_and_zstandard_give_the_same_documents(tmp_path, name, packed
     assert {row["text"] for row in found} == {row["text"] for row in DOCUMENTS} and {row["source"] for row in found} == {"books"}
 
 
+def test_a_document_without_text_is_left_out(tmp_path):
+    corpus = _dolma(tmp_path, _jsonl([*DOCUMENTS, {"text": "", "id": "empty"}]))
+    assert {row["text"] for split in ("train", "validation") for row in corpora.load(corpus, split=split)} == {row["text"] for row in DOCUMENTS}
+
+
 GOOD = b'{"text": "fine"}\n'
 
 

@@ -198,6 +198,20 @@ def test_adapters_without_a_base_that_others_have_are_not_handed_out(handed, tmp
         exports.export(handed, "adapter")
 
 
+def test_a_name_is_as_good_as_a_folder(tmp_path, monkeypatch):
+    """A hub id has a slash on every system, and the folder of the export its last part."""
+    llama()[0].save_pretrained(tmp_path / "cache")
+    llama()[1].save_pretrained(tmp_path / "cache")
+    asked = []
+    monkeypatch.setattr(weights, "fetch", lambda name: asked.append(name) or tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    found = exports.export("some/model", "hf")
+    assert asked[0] == "some/model" and found.folder == tmp_path / "model-hf"
+    monkeypatch.undo()
+    with pytest.raises(HildaError, match="has been exported already"):
+        exports.export(weights.DLLM, "adapter", tmp_path / "again")
+
+
 def test_what_cannot_be_exported_leaves_nothing(tmp_path, monkeypatch, capsys):
     folder = backbones.save(*llama(), tmp_path / "model")
     with pytest.raises(HildaError, match="unknown; use one of hf, gguf, onnx, merged, int8, adapter"):

@@ -180,6 +180,13 @@ def test_every_committed_parameter_file_loads_and_nano_is_complete():
             assert params.load(name, f"smoke+{overlay.stem}")["profile"] == f"smoke+{overlay.stem}"
 
 
+def test_under_pascal_nothing_is_left_in_bfloat16():
+    for path in params.paths.params().glob("*/*.yaml"):
+        if path.parent.name != params.OVERLAYS:
+            values = params.load(path.stem, f"{path.parent.name}+pascal")
+            assert "bfloat16" not in {values.get(name) for name in ("dtype", "precision", "weights")}, path
+
+
 def test_every_record_passes_its_own_check():
     for name, record in params.RECORDS.items():
         assert params.check(record, params.defaults(name), name) == params.defaults(name)

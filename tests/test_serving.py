@@ -7,6 +7,8 @@ import socket
 import sys
 import threading
 import time
+import weakref
+from dataclasses import replace
 
 import pytest
 from tiny import tiny
@@ -21,6 +23,7 @@ from hildalib.__main__ import main  # noqa: E402
 from hildalib.engine import Choices, Engine  # noqa: E402
 from hildalib import stress  # noqa: E402
 from hildalib.serving import Limits, app as application, create_app, jobs, serve  # noqa: E402
+from hildalib.serving.batching import Batcher, Ticket  # noqa: E402
 from hildalib.serving.completions import settled  # noqa: E402
 
 LIMITS = Limits(prompt=40, new=64, body=4000, queue=8, batch=4)
@@ -368,6 +371,49 @@ def test_a_full_queue_refuses_and_clients_that_leave_make_room(live, engine, mon
     assert desk.batcher.counts["cancelled"] == 7 and desk.batcher.counts["answers"] == 2 and not desk.batcher.waiting
 
 
+def test_more_open_requests_than_allowed_are_told_so(engine, monkeypatch):
+    app = create_app(engine, replace(LIMITS, open=2))
+    gate = _slow(engine, monkeypatch)
+
+    async def scene():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000", timeout=60) as client:
+            asked = [asyncio.ensure_future(client.post("/generate", json={"prompt": "1", "max_new_tokens": 5})) for _ in range(2)]
+            await asyncio.to_thread(_until, lambda: app.open == 2)
+            _fails(await client.get("/health"), 503, "2 requests are open already", "too_many_requests")
+            gate.set()
+            assert [reply.status_code for reply in await asyncio.gather(*asked)] == [200, 200]
+            assert (await client.get("/health")).status_code == 200
+    asyncio.run(scene())
+    app.app.state.desk.batcher.stop()
+    assert app.open == 0
+
+
+def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone(engine, monkeypatch):
+    class Cache:
+        pass
+
+    held, alive, stream = [], [], engine.stream
+
+    def brittle(prompts, *others, **options):
+        alive.append(bool(held and held[0]()))
+        if len(prompts) > 1:
+            cache = Cache()
+            held.append(weakref.ref(cache))
+            raise RuntimeError("out of memory")
+        return stream(prompts, *others, **options)
+
+    monkeypatch.setattr(engine, "stream", brittle)
+    batcher = Batcher(engine, 8, 4)
+
+    async def scene():
+        tickets = [Ticket(engine.encode(prompt), Choices(max_new_tokens=5), (), False) for prompt in ("1+2=", "8-")]
+        batcher._decode(tickets)
+        return [await ticket.mail.get() for ticket in tickets]
+    answers = asyncio.run(scene())
+    assert alive == [False, False, False] and held[0]() is None
+    assert [answer.text for answer in answers] == [engine.generate(prompt, max_new_tokens=5) for prompt in ("1+2=", "8-")]
+
+
 def test_a_reader_that_hangs_up_in_the_middle_of_a_stream_ends_its_row(live, engine, monkeypatch):
     url, desk = live
     gate = _slow(engine, monkeypatch, lambda: Turnstile(3))
@@ -416,6 +462,12 @@ def test_a_job_is_the_command_of_hilda_run():
                        set={"parent_steps": 3, "optimizer": "adamw_torch", "probe_masks": [0.5, 1]})
     assert order.command()[1:] == ["-m", "hildalib", "run", "02_wsd", "--profile", "smoke", "--seeds", "0", "2", "--set", "parent_steps=3",
                                    "--set", 'optimizer="adamw_torch"', "--set", "probe_masks=[0.5, 1]", "--force"]
+
+
+def test_a_job_takes_an_overlay_of_the_list():
+    assert "nano+pascal" in jobs.Order(notebooks=["04_decode"], profile="nano+pascal").command()
+    with pytest.raises(HildaError, match="unknown overlay 'pascall'; did you mean 'pascal'"):
+        jobs.Order(notebooks=["04_decode"], profile="nano+pascall").command()
 
 
 def test_a_job_is_watched_refused_beside_another_and_stopped(live, monkeypatch):

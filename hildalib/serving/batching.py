@@ -6,6 +6,7 @@ A model belongs to one thread; everything else runs in the event loop. Entry poi
 import asyncio
 import logging
 import threading
+import traceback
 from collections import Counter, deque
 
 from hildalib.engine import Answer, Choices, Engine
@@ -89,7 +90,7 @@ class Batcher:
             self.running = 0
 
     def _decode(self, batch: list[Ticket]) -> None:
-        answered = set()
+        answered, failed = set(), None
         self.counts["batches"] += 1
         self.counts["rows"] += len(batch)
         try:
@@ -102,13 +103,16 @@ class Batcher:
                 if isinstance(event, Answer) or batch[row].steps:
                     batch[row].put(event)
         except Exception as error:  # what breaks the decoder must not end the server
-            LOG.error("a batch of %d failed: %s", len(batch), error)
-            for ticket in (ticket for row, ticket in enumerate(batch) if row not in answered):
+            LOG.error("a batch of %d failed:\n%s", len(batch), traceback.format_exc())  # as text: a record would keep the frames
+            failed = error.with_traceback(None)  # whose frames hold the batch's cache: the others need its room
+        left = [ticket for row, ticket in enumerate(batch) if row not in answered]
+        if failed:
+            for ticket in left:
                 if len(batch) > 1 and not ticket.steps:  # one bad request, or too many for the memory, should not take the others along
                     self._decode([ticket])
                 else:
-                    ticket.put(error)
+                    ticket.put(failed)
             return
-        for ticket in (ticket for row, ticket in enumerate(batch) if row not in answered):
+        for ticket in left:
             self.counts["cancelled"] += 1
             ticket.put(Refused(503, "the server is shutting down", "shutting_down"))  # one that is gone reads no mail

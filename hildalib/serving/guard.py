@@ -23,13 +23,15 @@ BODY_SECONDS = 30  # a client that takes longer to send what fits into the body 
 
 @dataclass(frozen=True)
 class Limits:
-    """prompt: tokens; new: max_new_tokens that may be asked for; body: bytes; queue: requests that may wait; batch: rows decoded together."""
+    """prompt: tokens; new: max_new_tokens that may be asked for; body: bytes; queue: requests that may wait; batch: rows decoded together; open: requests that are
+    read, waiting or answered at a time, those that watch a job among them."""
 
     prompt: int = 2048
     new: int = 1024
     body: int = 1 << 20
     queue: int = 128
     batch: int = 32
+    open: int = 512
 
 
 class Refused(Exception):
@@ -60,7 +62,7 @@ class Guard:
     """
 
     def __init__(self, app, limits: Limits, host: str = "127.0.0.1", token: str | None = None, names: tuple[str, ...] = ()):
-        self.app, self.limits, self.token = app, limits, token
+        self.app, self.limits, self.token, self.open = app, limits, token, 0
         self.loopback, self.names = host in LOOPBACK, {*LOOPBACK, host.lower(), *(name.lower() for name in names)}
 
     async def __call__(self, scope, receive, send):
@@ -75,7 +77,10 @@ class Guard:
             started = started or message["type"] == "http.response.start"
             await send(message)
 
+        self.open += 1
         try:
+            if self.open > self.limits.open:
+                raise Refused(503, f"{self.limits.open} requests are open already; try again later", "too_many_requests")
             headers = {}
             for name, value in scope["headers"]:
                 headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
@@ -86,6 +91,8 @@ class Guard:
         except Exception as error:
             if not started:  # else the application has answered and logged it, and raises it once more
                 await _send(send, 500, internal_error(error))
+        finally:
+            self.open -= 1
 
     def _known(self, host: str) -> bool:
         name = host.lower()

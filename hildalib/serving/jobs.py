@@ -36,8 +36,10 @@ class Order(BaseModel):
 
     def command(self) -> list[str]:
         """The checked command; HildaError where a name or a value is wrong, Refused where a value is free text."""
-        if self.profile not in params.profiles():
-            raise HildaError(f"unknown profile {self.profile!r}; {params.nearest(self.profile, params.profiles())}")
+        base, *overlays = self.profile.split("+")
+        for kind, name, known in (("profile", base, params.profiles()), *(("overlay", name, params.overlays()) for name in overlays)):
+            if name not in known:
+                raise HildaError(f"unknown {kind} {name!r}; {params.nearest(name, known)}")
         if any(seed < 0 for seed in self.seeds):
             raise HildaError("seeds must be at least 0")
         jobs = book.plan(book.Book(), self.notebooks, self.profile, self.set, self.seeds or None)

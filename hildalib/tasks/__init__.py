@@ -6,7 +6,7 @@ for anything hostile or unparsable, in bounded time, and evaluates the text nowh
 where there is none). Procedural tasks also have `stream(seed)`, and `generator()`, which names package and version, where another
 package makes the questions; a task whose scores are costly also has `scores(texts, items)`, many at once; one whose prompts are openings
 to be continued, not questions, says `CONTINUES`.
-Entry points: `load`, `NAMES`; for the authors of procedural tasks `question_split`, `stream_of`,
+Entry points: `load`, `NAMES`, `GENERATED`; for the authors of procedural tasks `question_split`, `stream_of`,
 `items_of`; for those of tasks with files `sampled`.
 """
 
@@ -21,6 +21,7 @@ from types import ModuleType
 from hildalib import HildaError
 
 NAMES = ("arithmetic", "countdown", "gsm8k", "gsm_symbolic", "humaneval", "infilling", "math500", "mbpp", "shortcuts", "sudoku", "tinystories")
+GENERATED = ("arithmetic", "countdown", "gsm_symbolic", "shortcuts", "sudoku")  # procedural: made on the spot, without files
 SPLITS = ("train", "validation", "test")
 # Of 100 hash buckets 80 train, 10 validate, 10 test: even the smallest question space here (a few thousand) leaves hundreds.
 TEST_BUCKETS, VALIDATION_BUCKETS, BUCKETS = 10, 10, 100
