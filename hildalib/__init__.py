@@ -24,12 +24,13 @@ def generate(prompt: str, model="smollm2-135m-dllm", mode: str = "Q", tau_mask: 
 
     model: folder, hub id or registered name (the default comes with HILDA, but for its base, which is fetched once), or an already loaded
     `(model, tokenizer)` pair. chat: the prompt is a user's turn of the model's chat template. mode: "S" (fast) or
-    "Q" (quality), presets of LLaDA2.1's model cards; tau_mask and tau_edit in [0, 1] override the preset.
+    "Q" (quality), presets of LLaDA2.1's model cards, whose thresholds tau_mask and tau_edit in [0, 1] override; or "own", the text that the
+    model would write token by token, drafted in blocks and verified, for models whose closed blocks are read causally.
     Raises HildaError on an unknown mode, a threshold out of range, a prompt longer than the context, or a model
     that is not a dLLM.
     """
     from hildalib.engine import Choices, open_engine
 
-    Choices(mode, tau_mask, tau_edit, max_new_tokens).settings()  # refuses what makes no sense before a model is loaded
+    Choices(mode, tau_mask, tau_edit, max_new_tokens).check()  # refuses what makes no sense before a model is loaded
     engine = open_engine(model)
     return engine.generate(engine.turn(prompt) if chat else prompt, mode, tau_mask, tau_edit, max_new_tokens, seed)

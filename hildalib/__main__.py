@@ -71,10 +71,10 @@ MODEL must be converted: an autoregressive one, such as smollm2-135m itself, is 
 """
 SERVE_EXAMPLES = """examples:
   hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
-  curl -N localhost:8000/generate -H 'Content-Type: application/json' -d '{"prompt": "12+34=", "stream": true}'
-  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "12+34=", "max_tokens": 32}'
-  curl localhost:8000/jobs -H 'Content-Type: application/json' -d '{"notebooks": ["04_decode"], "profile": "smoke"}'
-  HILDA_TOKEN=... hilda serve --model MODEL --host 0.0.0.0 --allow-host lab-3.example.org
+  curl -N localhost:8000/generate -H "Content-Type: application/json" -d "{\\"prompt\\": \\"12+34=\\", \\"stream\\": true}"
+  curl localhost:8000/v1/completions -H "Content-Type: application/json" -d "{\\"prompt\\": \\"12+34=\\", \\"max_tokens\\": 32}"
+  curl localhost:8000/jobs -H "Content-Type: application/json" -d "{\\"notebooks\\": [\\"04_decode\\"], \\"profile\\": \\"smoke\\"}"
+  hilda serve --model MODEL --host 0.0.0.0 --allow-host lab-3.example.org      with the token in the variable HILDA_TOKEN
 
 Routes: GET /health, POST /generate, POST /jobs, GET /jobs, GET /jobs/N, GET /jobs/N/watch, DELETE /jobs/N,
 POST /v1/completions, POST /v1/chat/completions, GET /v1/models; GET /openapi.json describes their fields.
@@ -174,12 +174,14 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", help="text to continue")
     generate.add_argument("--model", default="smollm2-135m-dllm", help="folder, hub id or registered name (default: %(default)s, which comes with HILDA)")
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's turn of the model's chat template")
-    generate.add_argument("--mode", choices=("S", "Q"), default="Q", help="S: speed, Q: quality (default: Q)")
+    generate.add_argument("--mode", choices=("S", "Q", "own"), default="Q", help="S: speed, Q: quality, own: what the model would write token "
+                          "by token, drafted in blocks and verified (default: Q)")
     generate.add_argument("--tau-mask", type=_threshold, metavar="T", help="confidence in [0, 1] needed to fill a mask (default: of the mode)")
     generate.add_argument("--tau-edit", type=_threshold, metavar="T", help="confidence in [0, 1] needed to change a token (default: of the mode)")
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="(default: %(default)s)")
     generate.add_argument("--seed", type=_at_least(0), default=0, help="(default: 0)")
-    generate.add_argument("--engine", choices=("auto", "transformers", "dinfer"), default="auto", help="what decodes (default: auto)")
+    generate.add_argument("--engine", choices=("auto", "transformers", "dinfer"), default="auto",
+                          help="what decodes; dinfer, for LLaDA2 folders, does not edit: give --tau-edit 1 (default: auto)")
 
     serve = command("serve", _serve, "answer over HTTP: generation with its steps, OpenAI's completions, runs of the book", epilog=SERVE_EXAMPLES)
     serve.add_argument("--model", required=True, help="folder, hub id or registered name of a converted model")

@@ -28,7 +28,7 @@ hildalib.generate("PROMPT", model="FOLDER", mode="Q")
 ```
 """
 GATED = """The adapters act on the noisy rows of a block alone, so what reads the prompt and the closed blocks is the base (with the adapters in `twin/`,
-where there is such a folder), and `hildalib.decoding.self_speculate` writes its own greedy text.
+where there is such a folder), and mode "own" writes its own greedy text, drafted in blocks and verified.
 """
 
 

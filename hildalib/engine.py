@@ -20,16 +20,19 @@ from hildalib import HildaError, backbones, windows
 from hildalib.decoding import PRESETS, EditSettings, settings_for
 from hildalib.decoding.decoded import eos_ids
 from hildalib.decoding.edit import BlockLoop
+from hildalib.decoding.speculation import Speculation, drafts
 from hildalib.devices import cuda_fault
 
 LOG = logging.getLogger("hildalib.engine")
+OWN = "own"  # mode of the model's own text: what its block-size-1 mode would write, drafted in blocks and verified (`self_speculate`)
+MODES = (*PRESETS, OWN)
 TOKENIZER = threading.Lock()  # a fast tokenizer refuses to be used by two threads at a time ("Already borrowed")
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How a prompt is decoded. mode: a preset; tau_mask, tau_edit in [0, 1] override it. temperature 0 takes the argmax, and then the seed
-    changes nothing."""
+    """How a prompt is decoded. mode: a preset, whose thresholds tau_mask, tau_edit in [0, 1] override, or OWN, which has none. temperature 0 takes
+    the argmax, and then the seed changes nothing; OWN knows no other."""
 
     mode: str = "Q"
     tau_mask: float | None = None
@@ -38,8 +41,25 @@ class Choices:
     temperature: float = 0.0
     seed: int = 0
 
+    def check(self) -> None:
+        """HildaError where a choice makes no sense."""
+        if self.mode != OWN:
+            self.settings()
+        elif self.tau_mask is not None or self.tau_edit is not None or self.temperature:
+            raise HildaError(f"mode {OWN!r} takes the model's favourite token by token: leave tau_mask, tau_edit and temperature out, or use mode Q")
+        else:
+            EditSettings(max_new_tokens=self.max_new_tokens)
+
+    def loop(self, model, prompts: torch.Tensor, lengths: torch.Tensor) -> BlockLoop | Speculation:
+        """The state of a decode of prompts (B, P), left-padded, of `lengths` (B,), at its first forward."""
+        if self.mode == OWN:
+            return Speculation(model, prompts, lengths, self.max_new_tokens)
+        return BlockLoop(model, prompts, lengths, self.settings(), torch.Generator().manual_seed(self.seed), False)
+
     def settings(self) -> EditSettings:
-        """The decoder's; HildaError where a choice makes no sense."""
+        """Of the threshold decoder; HildaError where a choice makes no sense, or the mode has no thresholds."""
+        if self.mode not in PRESETS:
+            raise HildaError(f"mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
         return settings_for(self.mode, self.tau_mask, self.tau_edit, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
 
     def together(self) -> "Choices | None":
@@ -129,7 +149,9 @@ class Engine:
 
     def check(self, ids: list[int], choices: Choices) -> None:
         """HildaError where the prompt `ids` cannot be decoded so: a choice out of range, no token, a [MASK], beyond the context."""
-        choices.settings()  # refuses what makes no sense
+        choices.check()
+        if choices.mode == OWN:
+            drafts(self.model)
         record, length = self.model.config.hilda, len(ids) + choices.max_new_tokens
         if record["label_shift"] and not ids:
             raise HildaError("a shifted model predicts each token from the one before; the prompt needs at least one token")
@@ -159,7 +181,7 @@ class Engine:
         lengths = torch.tensor([len(ids) for ids in prompts], device=device)
         rows = [torch.tensor(ids, dtype=torch.long) for ids in prompts]
         padded = pad_sequence(rows, batch_first=True, padding_value=self.eos[0], padding_side="left")
-        state = BlockLoop(self.model, padded.to(device), lengths, choices.settings(), torch.Generator().manual_seed(choices.seed), False)
+        state = choices.loop(self.model, padded.to(device), lengths)
         waiting, left, texts, begins = set(range(len(prompts))), set(), [""] * len(prompts), [len(ids) for ids in prompts]
         while waiting:
             left |= {row for row in waiting if gone(row)}
@@ -185,7 +207,7 @@ class Engine:
                     waiting.discard(row)
                     left.add(row)
 
-    def _closed(self, state: BlockLoop, row: int, begin: int, most: int, done: bool) -> list[int]:
+    def _closed(self, state: BlockLoop | Speculation, row: int, begin: int, most: int, done: bool) -> list[int]:
         """Generated ids that nothing will change, up to and with the first EOS."""
         end = begin + most if done else min(int(state.start[row]), begin + most)
         ids = state.canvas[row, begin:end].tolist()
@@ -209,7 +231,7 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[:min(places)], True) if places else (text, False)
 
 
-def _step(state: BlockLoop, before: torch.Tensor, row: int, begin: int, most: int, forward: int, text: str) -> Step:
+def _step(state: BlockLoop | Speculation, before: torch.Tensor, row: int, begin: int, most: int, forward: int, text: str) -> Step:
     changed = (state.canvas[row] != before[row]).nonzero()[:, 0].tolist()
     written, edited = [], []
     for place in (place for place in changed if place < begin + most):
@@ -262,6 +284,8 @@ class DInferEngine(Engine):
 
     def check(self, ids: list[int], choices: Choices) -> None:
         """HildaError for what dInfer cannot do: edit, sample, another threshold than the one it was started with, a text beyond max_length."""
+        if choices.mode == OWN:
+            raise HildaError(f"dInfer has no mode {OWN!r}; ask for tau_edit = 1, or use the engine transformers")
         settings, length = choices.settings(), len(ids) + choices.max_new_tokens
         if settings.tau_edit < 1 or settings.temperature:
             raise HildaError("dInfer neither edits nor samples here: ask for tau_edit = 1 and temperature = 0, or use the engine transformers")

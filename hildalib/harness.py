@@ -12,7 +12,7 @@ import torch
 
 from hildalib import HildaError, backbones, objective
 from hildalib.decoding import ar_decode, edit_decode
-from hildalib.engine import Choices, open_engine
+from hildalib.engine import OWN, Choices, open_engine
 from hildalib.gated import is_gated, noisy_rows
 
 try:
@@ -48,7 +48,7 @@ class HildaLM(TemplateLM):
             raise HildaError("block_size=1 is the autoregressive mode of a model with shifted labels; this one has none: leave block_size out")
         self.samples, self.seed = 1 if self.exact else int(samples), int(seed)
         self.rows = 8 if batch_size in (None, "auto") or not str(batch_size).isdecimal() else int(batch_size)
-        self.choices.settings()
+        self.choices.check()
 
     # ---- what the harness asks of a model ---------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class HildaLM(TemplateLM):
     def greedy(self, context: list[int], own: list[int]) -> bool:
         """Whether the decoder itself (at block size 1: the AR mode) writes the tokens `own` after `context`."""
         prompt = torch.tensor([self._fitting(context, own)], device=self.device)
-        if self.exact:
+        if self.exact or self.choices.mode == OWN:
             ids = ar_decode(self.model, prompt, max_new_tokens=len(own)).ids
         else:
             ids = edit_decode(self.model, prompt, replace(self.choices, max_new_tokens=len(own)).settings()).ids

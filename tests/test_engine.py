@@ -11,8 +11,8 @@ from tiny import EOS, MASK, tiny
 
 import hildalib
 from hildalib import HildaError, engine as engines
-from hildalib.decoding import edit_decode, settings_for
-from hildalib.engine import Answer, Choices, DInferEngine, Engine, Step, open_engine
+from hildalib.decoding import ar_decode, edit_decode, self_speculate, settings_for
+from hildalib.engine import OWN, Answer, Choices, DInferEngine, Engine, Step, open_engine
 
 PROMPTS = ["1+2=", "7", "12-3+45=", "9+9=1;8+8=", "0"]
 
@@ -34,6 +34,30 @@ def test_the_text_is_that_of_the_decoder_and_of_hildalib_generate():
         assert answer.tokens == (decoded.ids[0].tolist().index(EOS) + 1 if ended else 20)
 
 
+def test_own_text_is_that_of_block_size_1_in_fewer_forwards():
+    saved = 0
+    for seed in range(4):
+        engine, choices = an_engine(seed, causal=True), Choices(OWN, max_new_tokens=17)
+        prompts = [engine.encode(prompt) for prompt in PROMPTS]
+        for ids, answer in zip(prompts, engine.answers(prompts, choices)):
+            plain = ar_decode(engine.model, torch.tensor([ids]), max_new_tokens=17)
+            decoded = self_speculate(engine.model, torch.tensor([ids]), max_new_tokens=17)
+            assert answer.text == engine.decode(plain.ids[0].tolist()) and answer.forwards == int(decoded.forwards) and answer == engine.answers([ids], choices)[0]
+            saved += int(plain.forwards) - answer.forwards
+        assert engine.generate(PROMPTS[0], OWN, max_new_tokens=17) == hildalib.generate(PROMPTS[0], (engine.model, engine.tokenizer), OWN, max_new_tokens=17)
+    assert saved > 0
+
+
+def test_own_text_has_no_thresholds_and_needs_a_causal_context():
+    for wrong in ({"tau_mask": 0.5}, {"tau_edit": 1.0}, {"temperature": 0.5}):
+        with pytest.raises(HildaError, match="leave tau_mask, tau_edit and temperature out"):
+            an_engine(causal=True).generate("1+2=", OWN, **wrong)
+    with pytest.raises(HildaError, match="convert one with causal_context: true"):
+        an_engine().generate("1+2=", OWN)
+    with pytest.raises(HildaError, match="max_new_tokens = 0"):
+        an_engine(causal=True).generate("1+2=", OWN, max_new_tokens=0)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_row_of_a_batch_is_answered_as_alone(causal, temperature):
@@ -47,10 +71,11 @@ def test_a_row_of_a_batch_is_answered_as_alone(causal, temperature):
     assert len(forwards) > 2  # rows did finish apart
 
 
-def test_steps_replay_to_the_answer_and_closed_text_only_grows():
+@pytest.mark.parametrize("mode", ["S", OWN])
+def test_steps_replay_to_the_answer_and_closed_text_only_grows(mode):
     edits = 0
     for seed in range(4):
-        engine, choices = an_engine(seed), Choices("S", max_new_tokens=14)
+        engine, choices = an_engine(seed, causal=mode == OWN), Choices(mode, max_new_tokens=14)
         canvas, texts, counts, answers = [{} for _ in PROMPTS], [""] * 5, [0] * 5, {}
         for row, event in engine.stream([engine.encode(prompt) for prompt in PROMPTS], choices, steps=True):
             if isinstance(event, Answer):

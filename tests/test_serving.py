@@ -371,6 +371,18 @@ def test_a_full_queue_refuses_and_clients_that_leave_make_room(live, engine, mon
     assert desk.batcher.counts["cancelled"] == 7 and desk.batcher.counts["answers"] == 2 and not desk.batcher.waiting
 
 
+def test_own_text_over_http_and_its_refusals(client):
+    causal = Engine(*tiny(2, causal=True, sharpen=7.0))
+    app = create_app(causal, LIMITS)
+    try:
+        own = Client(app)
+        assert own.post("/generate", prompt="1+2=", mode="own", max_new_tokens=9).json()["text"] == causal.generate("1+2=", "own", max_new_tokens=9)
+        _fails(own.post("/generate", prompt="1+2=", mode="own", tau_mask=0.5), 400, "leave tau_mask, tau_edit and temperature out")
+    finally:
+        app.app.state.desk.batcher.stop()
+    _fails(client.post("/generate", prompt="1+2=", mode="own"), 400, "convert one with causal_context: true")
+
+
 def test_more_open_requests_than_allowed_are_told_so(engine, monkeypatch):
     app = create_app(engine, replace(LIMITS, open=2))
     gate = _slow(engine, monkeypatch)

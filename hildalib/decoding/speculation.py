@@ -2,7 +2,7 @@
 
 For models with a causal context, whose closed blocks are read as an AR model reads them: the causal copy that commits a block also says
 what the model's own AR mode would have written (the idea of S2D2, arXiv 2603.25702, without its losses: strict acceptance, no edits).
-Entry point: `self_speculate`.
+Entry points: `self_speculate`; `Speculation`, its state; `drafts` (whether a model can).
 """
 
 import math
@@ -22,11 +22,24 @@ def _belief(logits: Tensor) -> Tensor:
     return logits.softmax(-1).amax(-1).float().log()
 
 
-class _Speculation:
-    """State of one batch; each forward verifies the drafted block of a row and drafts the next one."""
+def drafts(model) -> int:
+    """Tokens that `model` drafts at a time. HildaError where its AR mode is not what commits a block: without shift, causal context or blocks."""
+    record = getattr(model.config, "hilda", None) or {}
+    size = record.get("block_size") or 0
+    if not record.get("causal_context") or not record["label_shift"] or size < 2:
+        raise HildaError("self-speculation needs a shifted dLLM with a causal context and blocks of at least 2; convert one with causal_context: true")
+    return size
 
-    def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, size: int, max_new_tokens: int, tolerance: float):
-        self.size, self.mask_id, self.slack = size, model.config.hilda["mask_token_id"], -math.log(tolerance)
+
+class Speculation:
+    """State of one batch, rows named as in `BlockLoop`; the first forward drafts, each other one verifies the drafted block of a row and drafts the
+    next."""
+
+    def __init__(self, model, prompt_ids: Tensor, lengths: Tensor, max_new_tokens: int, tolerance: float = 1.0):
+        self.size = size = drafts(model)
+        check_prompts(lengths)
+        check_context(model, int(lengths.max()) + max_new_tokens)
+        self.mask_id, self.slack = model.config.hilda["mask_token_id"], -math.log(tolerance)
         self.lengths, self.ends = lengths, lengths + max_new_tokens
         device, slots = prompt_ids.device, -(-int(self.ends.max()) // size) * size
         self.canvas = blank(prompt_ids, lengths, slots, self.mask_id)
@@ -35,7 +48,13 @@ class _Speculation:
         self.start, self.sure = lengths // size * size, lengths.clone()  # the open block; positions before `sure` are verified
         self.generated = self.reader.columns[:slots] >= lengths[:, None]
         self.live = torch.arange(len(prompt_ids), device=device)
+        self.done = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
         self.belief = torch.zeros(self.canvas.shape, device=device)  # log-probability that a drafted token had when it was written
+
+    @property
+    def snapshot(self) -> Tensor:
+        """(B, T) probability that each token had when it was written."""
+        return self.belief.exp().clamp(max=1.0)
 
     def _finished(self, rows: Tensor, before: Tensor) -> Tensor:
         """(b,) True = all that was asked for, or an EOS, stands among the verified tokens before `before`."""
@@ -71,7 +90,7 @@ class _Speculation:
         self.sure[rows] = self.start[rows] + (count + 1).clamp(max=self.size)
         return count == self.size
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """The first forward: drafts the open blocks."""
         rows = self.live
         none = torch.zeros_like(rows, dtype=torch.bool)
@@ -80,7 +99,14 @@ class _Speculation:
         self.reader.advance(none, read.last)
 
     def step(self) -> None:
-        """One forward of every live row: verifies its block and drafts the next one."""
+        """One forward of every live row: verifies its block and drafts the next one. Rows that are `done` leave with it."""
+        self._verify_and_draft() if self.reader.cache.keys else self._begin()
+        if self.done[self.live].any():
+            kept = (~self.done[self.live]).nonzero().squeeze(1)
+            self.live = self.live[kept]
+            self.reader.keep_rows(kept)
+
+    def _verify_and_draft(self) -> None:
         live, reader, canvas, start = self.live, self.reader, self.canvas[self.live], self.start[self.live]
         read = reader.verify(canvas, start, live, ~self._ending(live, canvas, start))
         closed = self._verify(live, reader.align(read.own, reader.carry))
@@ -89,10 +115,7 @@ class _Speculation:
         done = self._finished(live, self.sure[live])
         if (begin := closed & ~done).any():
             self._draft(live[begin], reader.align(read.following, read.last)[begin])
-        if done.any():
-            kept = (~done).nonzero().squeeze(1)
-            self.live = live[kept]
-            reader.keep_rows(kept)
+        self.done[live[done]] = True
 
 
 @torch.inference_mode()
@@ -109,15 +132,8 @@ def self_speculate(model, prompt_ids: Tensor, *, max_new_tokens: int, attention_
     """
     if not 0 < tolerance <= 1:
         raise HildaError(f"tolerance = {tolerance} is no share of a probability; give a number above 0 and at most 1, which keeps the text of the AR mode")
-    record = getattr(model.config, "hilda", None) or {}
-    size = record.get("block_size") or 0
-    if not record.get("causal_context") or not record["label_shift"] or size < 2:
-        raise HildaError("self-speculation needs a shifted dLLM with a causal context and blocks of at least 2; convert one with causal_context: true")
     lengths = left_padded(prompt_ids, attention_mask)
-    check_prompts(lengths)
-    check_context(model, int(lengths.max()) + max_new_tokens)
-    state = _Speculation(model, prompt_ids, lengths, size, max_new_tokens, tolerance)
-    state.begin()
+    state = Speculation(model, prompt_ids, lengths, max_new_tokens, tolerance)
     while len(state.live):
         state.step()
     return Decoded(completion(state.canvas, lengths, max_new_tokens, state.eos), state.reader.forwards, state.reader.fed)

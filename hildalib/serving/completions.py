@@ -40,7 +40,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str | None = None
-    mode: Literal["S", "Q"] = "Q"
+    mode: Literal["S", "Q", "own"] = "Q"
     tau_mask: float | None = Field(None, ge=0, le=1)
     tau_edit: float | None = Field(None, ge=0, le=1)
     temperature: float | None = Field(0.0, ge=0, le=2)
