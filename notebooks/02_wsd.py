@@ -21,7 +21,7 @@
 #
 # **Needs.** [01 · Data](01_data.ipynb) with the same `profile`, `model` and `seed`.
 #
-# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes on two threads (six of them train the AR parent). Profile smol (SmolLM2-135M, 1 M tokens): on two cores with bfloat16 87 minutes for the dLLM, in two processes of `hilda train`, and 88 for the twin, most of it in one of two threads (two processes would send each other all 135 M gradients: 6.0 s a step instead of 4.7); 5 minutes for the rest.
+# **Time.** Smoke: about 25 seconds. Profile nano: 8 minutes of one core (six of them train the AR parent). Profile smol (SmolLM2-135M, 1 M tokens): on two cores with bfloat16 87 minutes for the dLLM, in two processes of `hilda train`, and 88 for the twin, most of it in one of two threads (two processes would send each other all 135 M gradients: 6.0 s a step instead of 4.7); 5 minutes for the rest.
 #
 # **Outputs.** Parent, dLLM, AR twin and ablation arms under `outputs/<profile>/02_wsd/checkpoints`, `losses.csv`, `validation.csv`, three figures.
 
@@ -281,7 +281,7 @@ print(summary.round(3).to_string(index=False))
 # %% [markdown]
 # ## What we learned
 #
-# The conversion starts at the parent's own loss and leaves it only when blocks grow. In three runs of profile nano 400 steps cost the model 0.035 nats of its next-token loss (0.454 to 0.489), where the twin went to 0.460: most of the parent is still there.
+# The conversion starts at the parent's own loss and leaves it only when blocks grow. In three runs of profile nano 400 steps cost the model 0.032 nats of its next-token loss [0.010, 0.055] (0.453 to 0.485), where the twin went to 0.460: most of the parent is still there.
 #
 # Profile recipes asks what that is owed to: 17 arms beside the same dLLM, three seeds each, every arm one idea away (figures/recipes/02_questions). Differences are *arm minus dLLM*: accuracy at equal tokens per forward, right after conversion, with its 95 % interval over seeds.
 #
@@ -290,14 +290,14 @@ print(summary.round(3).to_string(index=False))
 # - **Full-sequence diffusion forgets.** As the only stage it leaves 1 to 2 % of answers right (-68 points [-97, -39]), and half of the last rung given to it, LLaDA2.0's *stable* stage, costs 35 points [-51, -20] and 0.055 nats of next-token loss at this budget. It was made for far larger budgets.
 # - **Unshifted labels start from nothing** (-59 points [-76, -43]): the parent's head predicts the next token, and 400 steps do not teach it to predict the same one.
 # - **The next-token term on the causal half keeps the AR mode**: without it that loss is 0.095 nats worse [0.051, 0.138].
-# - **T2T costs a little next-token loss** (0.015 nats [0.006, 0.024] better without it). But the compute it takes is well spent: more steps without it are 27 points worse [-53, -1].
+# - **T2T costs a little next-token loss** (0.015 nats [0.006, 0.024] better without it).
 #
-# What three seeds do not settle: block-causal instead of causal context (-18 points [-46, +11]), direct conversion to the working size (-9 [-21, +3]), hard labels for the same compute instead of the parent's distribution (-3 [-33, +28]), complementary masks (+5 [-8, +17]), rows at block size 1 (+1 [-28, +30]), the mean of the best checkpoints (-0.3 [-3, +2]), noise on the mask's embedding, the keep loss, suffix masks and random instead of own drafts (7 to 23 points worse in the mean, intervals of 34 to 56 points to either side). No gain is claimed for any of them.
+# What three seeds do not settle: T2T (without it -7 points [-32, +18] at equal steps, -27 [-53, -1] at equal compute, one comparison of seventeen; after tuning, in notebook 05, no answer either), block-causal instead of causal context (-18 points [-46, +11]), direct conversion to the working size (-9 [-21, +3]), hard labels for the same compute instead of the parent's distribution (-3 [-33, +28]), complementary masks (+5 [-8, +17]), rows at block size 1 (+1 [-28, +30]), the mean of the best checkpoints (-0.3 [-3, +2]), noise on the mask's embedding, the keep loss, suffix masks and random instead of own drafts (7 to 23 points worse in the mean, intervals of 34 to 56 points to either side). No gain is claimed for any of them.
 #
-# Losses and answers disagree once: adapters that act on noisy rows over the frozen parent have the *lower* masked loss in every seed (-0.057 nats [-0.080, -0.034]) and keep the parent's next-token loss exactly, but answered 54, 31 points fewer prompts in two seeds and 3.5 more in the third (best setting of each). A masked loss is taken beside a clean context; decoding has to live with what it wrote.
+# Losses and answers disagree once: adapters that act on noisy rows over the frozen parent have the *lower* masked loss in every seed (-0.057 nats [-0.080, -0.034]) and keep the parent's next-token loss exactly, but answered 54, 31 points fewer prompts in two seeds and 3.5 more in the third (best setting of each; at equal tokens per forward -20 points [-88, +49]). A masked loss is taken beside a clean context; decoding has to live with what it wrote.
 #
 # Profile smol converts the real SmolLM2-135M on 1,024,000 tokens, by adapters on noisy rows over the frozen parent (one run). The KL of a masked token to the parent falls in blocks of 4 from 1.61 nats (first 30 steps) to 1.31 by step 400, 1.20 by 900 and 1.23 at the end, where rows differ by more than that; a masked token costs 2.16 nats where few are masked and 3.47 where all of its block are. The next-token loss is the parent's 2.233 by construction, and that is the other side of losing nothing: the twin, all of whose weights learn, goes to 1.453 on the same texts.
 #
-# Fifty-one comparisons at 95 % are expected to be wrong two or three times. The first three findings are many intervals away from zero; the last one is not.
+# Fifty-one comparisons at 95 % are expected to be wrong two or three times. The four under *sure* lie one and a half to four half-widths of their intervals away from zero.
 #
 # Next: [03 · Supervised fine-tuning](03_sft.ipynb).

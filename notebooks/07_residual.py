@@ -21,7 +21,7 @@
 #
 # **Needs.** [03 · SFT](03_sft.ipynb) with the same `profile` and `seed`.
 #
-# **Time.** Smoke: about 20 seconds. Profile nano: 3 minutes on one core. Profile smol: a quarter of an hour.
+# **Time.** Smoke: about 20 seconds. Profile nano: 3 minutes on one core. Profile smol: 20 minutes of one core.
 #
 # **Outputs.** Two further trained dLLMs and their AR twin under `outputs/<profile>/07_residual/checkpoints`, `losses.csv`, `looks.csv`, `sweep.csv`, `benchmarks.csv`, and figures over all seeds that have been run.
 
