@@ -270,7 +270,7 @@ class Speed(Common):
     context_weight: float = field(1.0, "weight of the next-token loss on the causal context of continued and pipelined", low=0)
     kl_weight: float = field(0.5, "share of the twin's distribution in the label of the adapter", low=0, high=1)
     pipeline: int = field(4, "blocks of a group that pipelined trains on, and that are open at once", low=2)
-    thresholds: list[float] = field([0.5, 0.9], "tau_mask of the models trained here", low=0, high=1)
+    thresholds: list[float] = field([0.5, 0.9], "tau_mask of the plain threshold and of the models trained here", low=0, high=1)
     draft: float = field(0.5, "tau_mask of the drafts that revision rules work on", low=0, high=1)
     decoders: list[str] = field(["factor", "factor, sub-blocks", "wino + wino", "threshold + edit", "threshold + edit, look back"], "commit rules, and commit + revision rules (decoding.commit.RULES, decoding.revise.RULES), alone, with ', sub-blocks' or with ', look back'")
     search: list[int] = field([2, 2], "[beams, children of each] of order-token search; [] for none", low=1)

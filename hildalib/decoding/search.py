@@ -129,6 +129,8 @@ class _Search(BlockLoop):
 
     def _take(self, index: list[int]) -> None:
         """`index` are the rows that go on; those that branch are there more than once."""
+        if index == list(range(len(self.payer))):
+            return  # nothing branches or falls: no cache need be copied
         rows = torch.tensor(index, dtype=torch.long, device=self.payer.device)
         for name in ("canvas", "lengths", "ends", "start", "post", "done", "generated", "snapshot", "remasks", "payer",  # of every decode
                      "waiting", "noisy", "total", "count", "open", "begun", "before", "guess", "sure", "pending"):
