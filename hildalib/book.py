@@ -24,7 +24,7 @@ from hildalib.progress import Progress, duration
 
 CHAIN: dict[str, tuple[str, ...]] = {
     "01_data": (), "02_wsd": ("01_data",), "03_sft": ("02_wsd",), "04_decode": ("03_sft",), "05_benchmarks": ("03_sft", "04_decode"),
-    "06_rl": ("02_wsd", "03_sft"), "07_residual": ("03_sft",), "08_search": ("03_sft", "04_decode"), "09_speed": ("03_sft", "04_decode")}
+    "06_rl": ("02_wsd", "03_sft"), "07_residual": ("03_sft",), "08_search": ("03_sft", "04_decode"), "09_speed": ("04_decode", "07_residual")}
 PROMISED = ("metrics.json",)  # what every notebook writes into its output folder
 
 

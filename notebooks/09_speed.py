@@ -19,7 +19,7 @@
 #
 # **Question.** How much faster than its autoregressive twin does a block-diffusion model write, which of the published decoders buys that, and what does it cost in accuracy?
 #
-# **Needs.** [03 · SFT](03_sft.ipynb) and [04 · Edit decoding](04_decode.ipynb) with the same `profile` and `seed`, converted with `causal_context`. It measures the CPU, also where there is a GPU.
+# **Needs.** [04 · Edit decoding](04_decode.ipynb) and [07 · Residual context](07_residual.ipynb) with the same `profile` and `seed`, converted with `causal_context`. It measures the CPU, also where there is a GPU.
 #
 # **Time.** Smoke: about a minute. Profile nano: 15 minutes of one core, half of them training; smol: 45, of which 30 training.
 #
