@@ -279,15 +279,16 @@ if len(tables) > 2:
     values = ["accuracy", "nfe", "tpf", "tokens_per_s"]
     page = evaluate.across_seeds(tables, ["base", "arm", "setting"], values, shares=("accuracy",))
     page = page.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
-origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items,
-          "interval": "95 %, over seeds" if len(tables) > 2 else "95 % Wilson, over items"}
+origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items}
+over_seeds = {"interval": "95 % t, over seeds"}
+of_page = origin | (over_seeds if len(tables) > 2 else {"seeds": seed, "interval": "95 % Wilson, over items"})
 page = page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
 own = {"09_judged": "judged by block size 1", "09_caches": "reads in both directions", "09_searched": "several drafts",
        "09_carried": "what a mask carries"}
 parts = {"09_decoders": page[~page.base.isin(own.values())]}
 parts |= {name: page[page.base.isin(["", base])] for name, base in own.items() if base in set(page.base)}
 for name, part in parts.items():
-    figures.save(comparison.spending(part), name, part, profile=profile, seed=seed, provenance=origin)
+    figures.save(comparison.spending(part), name, part, profile=profile, seed=seed, provenance=of_page)
     plt.show()
 
 # %% [markdown]
@@ -302,13 +303,13 @@ trained = pd.concat([part[(part["items"] == items) & part.arm.isin(["residual", 
 every = pd.concat([every, trained.replace({"arm": {"residual": "RCD, trained", "no residual": "RCD's control"}})])
 every["setting"] = every.groupby(["seed", "base", "arm"]).cumcount()
 values = ["accuracy", "nfe", "speed", "tpf"]
-split = {number: part for number, part in every.groupby("seed")}
+split = {number: part for number, part in every.groupby("seed") if len(tables) > 2 or number == seed}
 front = evaluate.across_seeds(split, ["base", "arm", "setting"], values, shares=("accuracy",))
 if len(split) == 1:
-    front[["accuracy_low", "accuracy_high"]] = every[["low", "high"]].to_numpy()
+    front[["accuracy_low", "accuracy_high"]] = split[seed][["low", "high"]].to_numpy()
 front = front.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
 figures.save(comparison.pareto(front, {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}), "09_pareto", front,
-             profile=profile, seed=seed, provenance=origin)
+             profile=profile, seed=seed, provenance=of_page)
 plt.show()
 
 # %% [markdown]
@@ -318,7 +319,7 @@ plt.show()
 gains = comparison.at_equal_cost(every, "accuracy", "nfe", reference="threshold")
 gains = gains[~gains.arm.isin(["dLLM, block size 1", "AR twin, generate"])].sort_values("difference", ascending=False).assign(measure="accuracy at equal forwards", better="higher")
 figures.save(comparison.verdicts(gains, reference="the threshold"), "09_gains", gains, profile=profile, seed=seed,
-             provenance=origin)
+             provenance=origin | over_seeds)
 plt.show()
 print(gains[["arm", "difference", "low", "high", "seeds", "same_sign"]].round(3).to_string(index=False))
 
@@ -414,7 +415,7 @@ timed = {f"this model, {models['dLLM'].num_parameters() / 1e6:.1f} M": models["d
 if shape:
     other = roofline.random_llama(*shape).to(machine.dtype)
     timed[f"random Llama, {other.num_parameters() / 1e6:.0f} M"] = other
-grid = dict(sizes=sizes, batches=batches, context=contexts[0])
+grid = dict(sizes=sizes, batches=batches, contexts=contexts[:1])
 costs = pd.concat([roofline.measure(model, machine, **grid).assign(model=name) for name, model in timed.items()],
                   ignore_index=True)
 costs.to_csv(output / "roofline.csv", index=False)
@@ -428,8 +429,7 @@ print(costs.round(5).to_string(index=False))
 # And as the text grows: one row, its block beside a single position, behind ever more that is already read.
 
 # %%
-spans = [roofline.measure(models["dLLM"], machine, sizes=[1, size], batches=[1], context=span).assign(context=span) for span in contexts]
-spans = pd.concat(spans, ignore_index=True)
+spans = roofline.measure(models["dLLM"], machine, sizes=[1, size], batches=[1], contexts=contexts)
 spans.to_csv(output / "lengths.csv", index=False)
 figures.save(roofline.lengths(spans), "09_lengths", spans, profile=profile, seed=seed, provenance={"threads": torch.get_num_threads()})
 plt.show()
@@ -442,7 +442,7 @@ label, found = "tokens a CPU-second, twin = 1", artefacts.seeds_done(profile, NO
 shown = pd.concat([pd.read_csv(path).query("arm != 'AR twin'").assign(seed=number) for number, path in found])
 shown = shown.rename(columns={"speed": label})
 figures.save(figures.ablation(shown, label, "arm", better="higher"), "09_speed", shown, profile=profile, seed=seed,
-             provenance=origin | {"items": f"{single_items}, one by one, {rounds} rounds"})
+             provenance=origin | (over_seeds if len(tables) > 1 else {}) | {"items": f"{single_items}, one by one, {rounds} rounds"})
 plt.show()
 
 # %%

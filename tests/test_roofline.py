@@ -23,7 +23,7 @@ def test_floors_by_hand():
 def test_one_row_a_shape_and_the_model_is_left_as_it_was():
     model, _ = tiny(causal=True)
     before, generator = dict(model.config.hilda), torch.random.get_rng_state()
-    table = roofline.measure(model, roofline.Machine(1e9, 1e9), sizes=[1, 4], batches=[1, 3], context=6, seconds=0.01)
+    table = roofline.measure(model, roofline.Machine(1e9, 1e9), sizes=[1, 4], batches=[1, 3], contexts=[6], seconds=0.01)
     assert table.positions.tolist() == [1, 3, 4, 12] and (table.seconds > 0).all() and torch.isfinite(torch.tensor(table.seconds.values)).all()
     assert model.config.hilda == before and torch.equal(generator, torch.random.get_rng_state())
     axes = roofline.figure(table.assign(model="tiny")).axes
@@ -34,8 +34,8 @@ def test_one_row_a_shape_and_the_model_is_left_as_it_was():
 
 def test_lengths_have_a_line_a_block_size():
     model, _ = tiny(causal=True)
-    table = pd.concat([roofline.measure(model, roofline.Machine(1e9, 1e9), sizes=[1, 4], batches=[1], context=span, seconds=0.01).assign(context=span)
-                       for span in (8, 16)])
+    table = roofline.measure(model, roofline.Machine(1e9, 1e9), sizes=[1, 4], batches=[1], contexts=[8, 16], seconds=0.01)
+    assert table[["block_size", "context"]].to_numpy().tolist() == [[1, 8], [1, 16], [4, 8], [4, 16]]
     lines = roofline.lengths(table).axes[0].lines
     assert [line.get_label() for line in lines] == ["one position", "a block of 4"] and all(line.get_xdata().tolist() == [8, 16] for line in lines)
 
