@@ -272,6 +272,7 @@ def verdicts(table: pd.DataFrame, *, reference: str) -> Figure:
             else:
                 ax.plot(row.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if good or bad else "white")
         ax.set_xlim(-edge, edge)
+        ax.locator_params(axis="x", nbins=5)  # numbers with three decimals would touch
         ax.set_title(f"{fill(measure, 24)}\n({part.better.iloc[0]} is better)", fontsize=8.5)
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
