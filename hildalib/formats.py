@@ -5,8 +5,10 @@ package; "compiled" is the float32 forward of decoding as one graph of torch.com
 """
 
 import copy
+import itertools
 import time
 import warnings
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -57,11 +59,9 @@ def weight_bytes(model) -> int:
     return sum(seen.values())
 
 
-@torch.inference_mode()
-def measure(model, name: str, *, size: int, context: int, seconds: float = 1.0) -> dict:
-    """A forward over `size` positions behind `context` cached ones: "milliseconds" (the shortest CPU time in `seconds` of trying), "megabytes" of the
-    weights, "compile_s" (wall seconds that the first call took longer; 0 where nothing is compiled), "reason" ("" or why it does not run)."""
-    row = {"format": name, "milliseconds": float("nan"), "megabytes": float("nan"), "compile_s": 0.0, "reason": ""}
+def _prepared(model, name: str, size: int, context: int) -> tuple[dict, Callable[[], None] | None]:
+    """The row of a format as `table` has it, still without its time, and the forward to be timed; None with the reason where there is none."""
+    row = {"format": name, "milliseconds": float("inf"), "megabytes": float("nan"), "compile_s": 0.0, "reason": ""}
     try:
         made = convert(model, name)
         forward, cache, ids = Forward(made), BlockCache(context + size), torch.zeros(1, context + size, dtype=torch.long)
@@ -69,21 +69,29 @@ def measure(model, name: str, *, size: int, context: int, seconds: float = 1.0) 
         forward(ids[:, :context], before, attention.window(before, cache.at(before).used, 1), cache, None)
         cache.at(block)
         mask = attention.window(block, cache.used, 1)
-        run = torch.compile(forward, dynamic=False) if name == "compiled" else forward
+        compiled = torch.compile(forward, dynamic=False) if name == "compiled" else forward
+        run = lambda: compiled(ids[:, context:], block, mask, cache, None)  # noqa: E731
         start = time.perf_counter()
-        run(ids[:, context:], block, mask, cache, None)
+        run()
         row["compile_s"] = (time.perf_counter() - start) * (name == "compiled")
-        best, end = float("inf"), time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            start = time.process_time()
-            run(ids[:, context:], block, mask, cache, None)
-            best = min(best, time.process_time() - start)
-        return row | {"milliseconds": 1e3 * best, "megabytes": weight_bytes(made) / 1e6}
+        return row | {"megabytes": weight_bytes(made) / 1e6}, run
     except (HildaError, RuntimeError) as error:
-        return row | {"reason": str(error).splitlines()[0]}
+        return row | {"milliseconds": float("nan"), "reason": str(error).splitlines()[0]}, None
 
 
-def table(model, names: list[str], *, size: int, context: int) -> pd.DataFrame:
-    """`measure` of each format in `names`, if any."""
-    rows = [measure(model, name, size=size, context=context) for name in names]
-    return pd.DataFrame(rows, columns=["format", "milliseconds", "megabytes", "compile_s", "reason"])
+@torch.inference_mode()
+def table(model, names: list[str], *, size: int, context: int, seconds: float = 0.5, rounds: int = 3) -> pd.DataFrame:
+    """A row a format in `names`: a forward over `size` positions behind `context` cached ones.
+
+    The formats take turns, `seconds` each in each of `rounds`: what else the machine does then slows none alone. Columns: format,
+    milliseconds (the shortest CPU time), megabytes (of the weights), compile_s (wall seconds that the first call took; 0 where
+    nothing is compiled), reason ("" or why it does not run).
+    """
+    prepared = [_prepared(model, name, size, context) for name in names]
+    for _, (row, run) in itertools.product(range(rounds), prepared):
+        end = time.perf_counter() + seconds
+        while run and time.perf_counter() < end:
+            start = time.process_time()
+            run()
+            row["milliseconds"] = min(row["milliseconds"], 1e3 * (time.process_time() - start))
+    return pd.DataFrame([row for row, _ in prepared], columns=["format", "milliseconds", "megabytes", "compile_s", "reason"])
