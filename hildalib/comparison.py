@@ -219,8 +219,11 @@ def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
     """Accuracy of every arm and setting against each of two costs, a panel each: what nothing beats in both is named, with its interval; the rest is grey.
 
     Columns: arm, accuracy, low, high, and the costs, a column and its label each; the first is better where it is small, the second where it is large.
+    Raises HildaError where a cost has no number at all.
     """
     need(table, "pareto", "arm", "accuracy", "low", "high", *costs)
+    if empty := [cost for cost in costs if not np.isfinite(table[cost]).any()]:
+        raise HildaError(f"figure 'pareto': column {empty[0]!r} has no number in any row that all runs share; runs of an older version lack it, so run the other seeds again")
     fig, axes = plt.subplots(1, 2, figsize=(11.0, 4.8), sharey=True)
     fronts = [best(table, cost, less=number == 0) for number, cost in enumerate(costs)]
     colour = colours([TWIN, *table.arm[fronts[0] | fronts[1]]])

@@ -146,6 +146,8 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert len(figure.axes) == 2 and {text.get_text() for text in figure.axes[0].texts} == {"a", "c"}
     with pytest.raises(HildaError, match="'pareto' needs column"):
         comparison.pareto(table.drop(columns="speed"), {"nfe": "forwards", "speed": "speed"})
+    with pytest.raises(HildaError, match="'speed' has no number.*run the other seeds again"):
+        comparison.pareto(table.assign(speed=float("nan")), {"nfe": "forwards", "speed": "speed"})
 
 
 def test_the_page_of_verdicts_is_sure_only_where_the_interval_is_and_names_what_runs_off_it():
