@@ -5,7 +5,6 @@ package; "compiled" is the float32 forward of decoding as one graph of torch.com
 """
 
 import copy
-import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from hildalib import HildaError, attention
 from hildalib.decoding.cache import BlockCache
 from hildalib.decoding.forward import Forward
+from hildalib.roofline import in_turns
 
 GROUP = 32  # weights that share a scale in int4: torchao's smallest usual one, a quarter of the width of a nano
 FORMATS = {"float32": None, "bfloat16": None, "compiled": None, "int8": "Int8WeightOnlyConfig", "int8, rows too": "Int8DynamicActivationInt8WeightConfig",
@@ -61,7 +61,7 @@ def weight_bytes(model) -> int:
 
 def _prepared(model, name: str, size: int, context: int) -> tuple[dict, Callable[[], None] | None]:
     """The row of a format as `table` has it, still without its time, and the forward to be timed; None with the reason where there is none."""
-    row = {"format": name, "milliseconds": float("inf"), "megabytes": float("nan"), "compile_s": 0.0, "reason": ""}
+    row = {"format": name, "milliseconds": float("nan"), "megabytes": float("nan"), "compile_s": 0.0, "reason": ""}
     try:
         made = convert(model, name)
         forward, cache, ids = Forward(made), BlockCache(context + size), torch.zeros(1, context + size, dtype=torch.long)
@@ -76,22 +76,18 @@ def _prepared(model, name: str, size: int, context: int) -> tuple[dict, Callable
         row["compile_s"] = (time.perf_counter() - start) * (name == "compiled")
         return row | {"megabytes": weight_bytes(made) / 1e6}, run
     except (HildaError, RuntimeError) as error:
-        return row | {"milliseconds": float("nan"), "reason": str(error).splitlines()[0]}, None
+        return row | {"reason": str(error).splitlines()[0]}, None
 
 
 @torch.inference_mode()
 def table(model, names: list[str], *, size: int, context: int, seconds: float = 0.5, rounds: int = 3) -> pd.DataFrame:
     """A row a format in `names`: a forward over `size` positions behind `context` cached ones.
 
-    The formats take turns, `seconds` each in each of `rounds`: what else the machine does then slows none alone. Columns: format,
-    milliseconds (the shortest CPU time), megabytes (of the weights), compile_s (wall seconds that the first call took; 0 where
-    nothing is compiled), reason ("" or why it does not run).
+    They are timed `in_turns`. Columns: format, milliseconds (the shortest CPU time), megabytes (of the weights), compile_s (wall seconds
+    that the first call took; 0 where nothing is compiled), reason ("" or why it does not run).
     """
     prepared = [_prepared(model, name, size, context) for name in names]
-    for _, (row, run) in itertools.product(range(rounds), prepared):
-        end = time.perf_counter() + seconds
-        while run and time.perf_counter() < end:
-            start = time.process_time()
-            run()
-            row["milliseconds"] = min(row["milliseconds"], 1e3 * (time.process_time() - start))
+    timed = [(row, run) for row, run in prepared if run]
+    for (row, _), fastest in zip(timed, in_turns([run for _, run in timed], seconds=seconds, rounds=rounds, clock=time.process_time)):
+        row["milliseconds"] = 1e3 * fastest
     return pd.DataFrame([row for row, _ in prepared], columns=["format", "milliseconds", "megabytes", "compile_s", "reason"])

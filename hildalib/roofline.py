@@ -1,12 +1,13 @@
 """What a forward of a decode costs as it grows, beside the two floors of the machine: its matmul rate and its memory bandwidth.
 
 An AR model reads its weights for one position, a block-diffusion model for a block and its copy: as long as reading the weights is what
-takes the time, the other positions are free. Entry points: `measure` (a table), `Machine`, `random_llama`, `figure`,
+takes the time, the other positions are free. Entry points: `measure` (a table), `in_turns`, `Machine`, `random_llama`, `figure`,
 `lengths` (as the text grows).
 """
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -23,13 +24,22 @@ SIDE = 1024  # of the square matmul whose rate is measured; large enough for ful
 STREAM = 64 * 2**20  # weights of the matrix whose product with one row, as a decode does it, measures bandwidth: beyond every cache
 
 
-def _best(run, seconds: float) -> float:
-    """Shortest time of `run()` in `seconds` of trying: a floor is what the machine can do when nothing else happens."""
+def _best(run, seconds: float, clock=time.perf_counter) -> float:
+    """Shortest time of `run()` by `clock` in `seconds` of trying: a floor is what the machine can do when nothing else happens."""
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
+    return best
+
+
+def in_turns(runs: list[Callable[[], object]], *, seconds: float, rounds: int, clock=time.perf_counter) -> list[float]:
+    """Shortest time of each of `runs` in seconds of `clock`. They take turns, `seconds` each in each of `rounds`, so that what else the machine
+    does slows none alone."""
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        best = [min(fastest, _best(run, seconds, clock)) for fastest, run in zip(best, runs)]
     return best
 
 
@@ -94,19 +104,17 @@ def _step(model, size: int, batch: int, context: int):
 def measure(model, machine: Machine, *, sizes: list[int], batches: list[int], contexts: list[int], seconds: float = 0.5, rounds: int = 3) -> pd.DataFrame:
     """One row a block size, batch and context: positions of a forward, its best time, its floors; all behind that many cached tokens.
 
-    model: a dLLM, or an AR model with a `hilda` record, of which block size 1 is a step. The shapes take turns, `seconds` each in each of
-    `rounds`: what else the machine does then slows no shape alone. Columns: block_size, batch, context, positions, seconds, matmul_s, memory_s.
+    model: a dLLM, or an AR model with a `hilda` record, of which block size 1 is a step. The shapes are timed `in_turns`. Columns: block_size, batch, context, positions, seconds, matmul_s, memory_s.
     """
     kept, shapes = model.config.hilda, list(itertools.product(sizes, batches, contexts))
-    steps, best = [], [float("inf")] * len(shapes)
+    steps = []
     try:
         for size, batch, context in shapes:
             model.config.hilda = kept | {"block_size": size}
             steps.append(_step(model, size, batch, -(-context // size) * size))
     finally:
         model.config.hilda = kept
-    for _ in range(rounds):
-        best = [min(fastest, _best(step, seconds)) for fastest, step in zip(best, steps)]
+    best = in_turns(steps, seconds=seconds, rounds=rounds)
     return pd.DataFrame([{"block_size": size, "batch": batch, "context": context, "positions": size * batch, "seconds": fastest,
                           **floors(model, machine, size * batch, -(-context // size) * size + size)} for (size, batch, context), fastest in zip(shapes, best)])
 

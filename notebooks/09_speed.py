@@ -21,7 +21,7 @@
 #
 # **Needs.** [04 · Edit decoding](04_decode.ipynb) and [07 · Residual context](07_residual.ipynb) with the same `profile` and `seed`, converted with `causal_context`. It measures the CPU, also where there is a GPU.
 #
-# **Time.** Smoke: about a minute. Profile nano: 15 minutes of one core, half of them training; smol: 45, of which 30 training.
+# **Time.** Smoke: about a minute. Profile nano: 15 minutes of one core, half of them training; smol: an hour, of which half training.
 #
 # **Outputs.** The models trained here under `outputs/<profile>/09_speed/checkpoints`, `speed.csv`, `decoders.csv`, `kv.csv`, `formats.csv`, `roofline.csv`, `lengths.csv`, and the figures.
 
