@@ -8,7 +8,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 from hildalib import attention
 from hildalib.decoding import EditSettings, ar_decode, edit_decode, revise, self_speculate
 from hildalib.decoding.cache import BlockCache
-from hildalib.decoding.forward import Forward, is_straight
+from hildalib.decoding.forward import Forward, _attend, is_straight
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 23,
          "attn_implementation": "sdpa"}
@@ -49,6 +49,25 @@ def test_the_numbers_are_those_of_the_models_own_forward(name, dtype):
     torch.testing.assert_close(ours, theirs, **near)
     for layer in expected.keys:
         torch.testing.assert_close(keys.keys[layer], expected.keys[layer], **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("heads_of_bias", [None, 1, 6])
+def test_heads_that_share_a_key_attend_as_if_each_had_its_own(dtype, rows, heads_of_bias):
+    """Beside attention written out in float64, where each query head has a copy of its key head."""
+    torch.manual_seed(0)
+    queries = torch.randn(2, rows, 6, 8).to(dtype).transpose(1, 2)  # (b, H, Q, D), as a forward has them
+    keys, values = torch.randn(2, 2, 2, 11, 8).to(dtype)  # two key heads for six of queries
+    bias = None
+    if heads_of_bias:
+        seen = torch.rand(2, heads_of_bias, rows, 11) < 0.6
+        seen[..., 0] = True
+        bias = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    scores = queries.double() @ keys.double().repeat_interleave(3, 1).mT / 8 ** 0.5
+    expected = (scores if bias is None else scores + bias.double()).softmax(-1) @ values.double().repeat_interleave(3, 1)
+    near = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(_attend(queries, keys, values, bias).double(), expected, atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("name", MODELS)
