@@ -51,7 +51,7 @@ def load_rows(profile: str, notebook: str, name: str, seed: int = 0, *, vocab_si
 def model_folder(profile: str, notebook: str, arm: str, seed: int = 0, *, otherwise: str | None = None) -> Path | str:
     """Folder of a model that a notebook trained. otherwise: the name to give where it is not there; None: a HildaError."""
     folder = paths.checkpoint_dir(profile, notebook, seed, create=False) / arm / "model"
-    return otherwise if otherwise and not folder.exists() else _need(folder, profile, notebook)
+    return otherwise if otherwise is not None and not folder.exists() else _need(folder, profile, notebook)
 
 
 def write_metrics(metrics: dict, profile: str, notebook: str, seed: int = 0, *, model=None) -> None:
@@ -83,10 +83,25 @@ def seeds_done(profile: str, notebook: str, name: str) -> dict[int, Path]:
 
 
 def kept(path: Path, key: object, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table that an earlier run left at `path` for the same `key` (anything that JSON can write), else what `make` gives, left there."""
-    head = "# " + json.dumps(key, sort_keys=True) + "\n"
-    if not path.exists() or not path.read_text(encoding="utf-8").startswith(head):
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(head + make().to_csv(index=False), encoding="utf-8")
+    """The table that an earlier run left at `path` for the same `key` (anything that JSON can write), else what `make` gives, left there.
+
+    A CSV file below a line with the key and the columns of text, which come back to the letter: "007", "null" and "" too.
+    """
+    key = json.loads(json.dumps(key))  # as it comes back
+    if not path.exists() or _head(path).get("key") != key:
+        table, temporary = make(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        text = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+        temporary.write_text(f"# {json.dumps({'key': key, 'text': text})}\n{table.to_csv(index=False)}", encoding="utf-8", newline="")
         os.replace(temporary, path)
-    return pd.read_csv(path, skiprows=1)  # also what has just been made: both then have the same digits
+    text, columns = _head(path)["text"], pd.read_csv(path, skiprows=1, nrows=0)
+    numbers = {name: [""] for name in columns if name not in text}  # where an empty field is a missing number
+    return pd.read_csv(path, skiprows=1, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=numbers)
+
+
+def _head(path: Path) -> dict:
+    """The first line of what `kept` left; {} of anything else."""
+    with path.open(encoding="utf-8") as lines:
+        try:
+            return json.loads(lines.readline().removeprefix("# "))
+        except ValueError:
+            return {}

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from hildalib import HildaError
-from hildalib.intervals import mean_interval
+from hildalib.intervals import mean_interval, sign_test
 from hildalib.style import FAINT, FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
@@ -163,7 +163,7 @@ def at_equal_cost(table: pd.DataFrame, value: str, cost: str, *, reference: str)
 
 
 def paired(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFrame:
-    """`reference` minus every other arm, paired by item: columns arm, items, mean, difference, low, high (95 % t over items).
+    """`reference` minus every other arm, paired by item: columns arm, items, mean, difference, low, high (95 % t over items), p (`sign_test`).
 
     table: columns arm, item and `value`, one row an arm and item. Items whose value one of the two lacks are left out.
     """
@@ -174,8 +174,9 @@ def paired(table: pd.DataFrame, value: str, *, reference: str) -> pd.DataFrame:
     rows = []
     for name in dict.fromkeys(table.arm[table.arm != reference]):
         both = wide[[reference, name]].dropna()
-        rows.append((name, len(both), both[name].mean(), *mean_interval(both[reference] - both[name])))
-    return pd.DataFrame(rows, columns=["arm", "items", "mean", "difference", "low", "high"])
+        gaps = both[reference] - both[name]
+        rows.append((name, len(both), both[name].mean(), *mean_interval(gaps), sign_test(gaps)))
+    return pd.DataFrame(rows, columns=["arm", "items", "mean", "difference", "low", "high", "p"])
 
 
 @styled

@@ -1,6 +1,8 @@
-"""95 % intervals: of a proportion (Wilson) and of a mean over seeds (Student's t). Entry points: `wilson`, `mean_interval`."""
+"""95 % intervals: of a proportion (Wilson) and of a mean over seeds or items (Student's t); and a test of paired differences that assumes no
+distribution, for scores that are seldom 1. Entry points: `wilson`, `mean_interval`, `sign_test`."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -27,3 +29,11 @@ def mean_interval(values) -> tuple[float, float, float]:
     values = np.asarray(values, dtype=float)
     half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def sign_test(differences) -> float:
+    """Two-sided exact p of as uneven a split of the signs if both were as likely; zeros and nan say nothing. For 0/1 scores: McNemar's exact test."""
+    differences = np.asarray(differences, dtype=float)
+    more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
+    tail = sum(math.comb(more + fewer, k) for k in range(min(more, fewer) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2 ** (more + fewer))))

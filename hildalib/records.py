@@ -149,6 +149,7 @@ class Decode(Common):
 
 @notebook("05_benchmarks")
 class Benchmarks(Common):
+    dtype: str = field("float32", "of weights and arithmetic; in bfloat16 sums of other shapes round to other tokens now and then", choices=("float32", "bfloat16"))
     task_names: list[str] = field(["arithmetic"], "tasks; hildalib.tasks.NAMES")
     items: int = field(16, "test items a task", low=1)
     open_items: int = field(16, "test items of a task without right answers (stories)", low=1)
@@ -159,7 +160,7 @@ class Benchmarks(Common):
     sweep_masks: list[float] = field([0.5, 0.9], "tau_mask values of the editing comparison", low=0, high=1)
     sweep_edits: list[float] = field([0.5, 1.0], "tau_edit values of the editing comparison", low=0, high=1)
     sweep_items: int = field(16, "test items a setting of that comparison", low=1)
-    against: list[str] = field(["no T2T"], "arms of 03_sft that answer beside dLLM, paired by prompt")
+    against: list[str] = field(["no T2T"], "arms of 03_sft, where they were trained, that answer beside dLLM, paired by prompt")
     against_tasks: list[str] = field(["arithmetic"], "tasks on which they do; one without right answers needs a judge")
     against_items: int = field(16, "test items of each", low=2)
     judge: str = field("", "AR model that judges open text; empty for none")

@@ -28,6 +28,7 @@
 # %% tags=["parameters"]
 profile = "smoke"
 seed = 0
+dtype = "float32"
 task_names = ["arithmetic"]
 items = 16
 open_items = 16
@@ -46,6 +47,7 @@ chat = False
 
 # %%
 import itertools
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,12 +60,14 @@ from hildalib.decoding import EditSettings
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
 NOTEBOOK = "05_benchmarks"
-output = paths.output_dir(profile, NOTEBOOK, seed)
+output, left = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir(profile, NOTEBOOK, seed)
 chosen = artefacts.read_metrics(profile, "04_decode", seed)
 folders = {name: artefacts.model_folder(profile, "03_sft", name, seed)
-           for name in ("dLLM", "AR twin", *other_arms, *against)}
-models = {name: backbones.load(folder, dtype="float32")[0] for name, folder in folders.items()}
-tokenizer = backbones.load(folders["dLLM"], dtype="float32")[1]
+           for name in ("dLLM", "AR twin", *other_arms)}
+folders |= {name: folder for name in against
+            if (folder := artefacts.model_folder(profile, "03_sft", name, seed, otherwise=""))}
+models = {name: backbones.load(folder, dtype=dtype)[0] for name, folder in folders.items()}
+tokenizer = backbones.load(folders["dLLM"], dtype=dtype)[1]
 
 # %% [markdown]
 # ## The table
@@ -84,12 +88,22 @@ if record["causal_context"] and record["label_shift"]:
     if tolerance < 1:
         contestants[f"dLLM own text ≥ {tolerance:g}"] = ("dLLM", evaluate.speculative(max_new_tokens, tolerance))
 contestants["AR twin"] = ("AR twin", evaluate.autoregressive(max_new_tokens))
-frames = []
-for task_name, (label, (name, decoder)) in itertools.product(task_names, contestants.items()):
+
+
+def answers(task_name: str, label: str, count: int) -> pd.DataFrame:
+    """One row a test item; an interrupted run keeps what it has asked."""
+    name, decoder = contestants[label]
     task = tasks.load(task_name)
-    frame = evaluate.run(models[name], tokenizer, task, decoder, seed=0, batch_size=batch_size, chat=chat,
-                         limit=open_items if hasattr(task, "metrics") else items)
-    frames.append(frame.assign(task=task_name, arm=label))
+    limit = open_items if hasattr(task, "metrics") else count
+    ask = partial(evaluate.run, models[name], tokenizer, task, decoder, seed=0, batch_size=batch_size,
+                  chat=chat, limit=limit)
+    key = {"model": (folders[name].parent / "fingerprint.txt").read_text(), "presets": chosen, "items": limit,
+           "tokens": max_new_tokens, "tolerance": tolerance, "batch": batch_size, "chat": chat}
+    return artefacts.kept(left / f"{task_name}, {label}, {limit}.csv", key, ask)
+
+
+frames = [answers(task_name, label, items).assign(task=task_name, arm=label)
+          for task_name, label in itertools.product(task_names, contestants)]
 everything = pd.concat(frames, ignore_index=True)
 parts = everything.groupby(["task", "arm"], sort=False)
 table = pd.concat([evaluate.summary(part).assign(task=task_name, arm=label)
@@ -143,34 +157,42 @@ if sweep:
 # %% [markdown]
 # ## Beside other conversions, prompt by prompt
 #
-# The models of `against` had the same tokens in conversion and in tuning. *Plain conversion* is what one does without a recipe: masks at uniform rates, blocks of the final size from the first step, every weight trained, nothing distilled, no edits. The dLLM answers with its own text (without a causal context: in Q), the others in Q and at their most careful, one token a forward. Differences are the dLLM's minus theirs on the same prompt, with 95 % t-intervals over prompts: of the score, or for stories of the nats a token under the judge, where less is better.
+# The models of `against` had the same tokens in conversion and in tuning. *Plain conversion* is what one does without a recipe: masks at uniform rates, blocks of the final size from the first step, every weight trained, nothing distilled, no edits. They answer in Q and at their most careful, one token a forward; the dLLM in its own text (with a causal context) and in Q. Differences are the dLLM's minus theirs on the same prompt, with 95 % t-intervals over prompts and the p of an exact sign test: of the score, or for stories of the nats a token under the judge, where less is better.
 
 # %%
-careful = evaluate.diffusion(settings(1.0, 1.0))
-first = "dLLM own text" if "dLLM own text" in contestants else "dLLM Q"
+for name in set(against) - set(folders):
+    print(f'"{name}" was not trained and is left out. To have it, before this notebook:\n'
+          f'  hilda train 02_wsd --profile {profile} --arm "{name}"\n'
+          f'  hilda train 03_sft --profile {profile} --arm "{name}"')
+rivals = [name for name in against if name in folders]
+for name in rivals:
+    contestants |= {f"{name} Q": (name, contestants["dLLM Q"][1]),
+                    f"{name}, one token a forward": (name, evaluate.diffusion(settings(1.0, 1.0)))}
+theirs = [label for label, (name, _) in contestants.items() if name in rivals]
 duels = []
-for task_name in against_tasks if against else []:
-    task = tasks.load(task_name)
-    sides = {first: contestants[first]}
-    for name in against:
-        sides |= {f"{name}, Q": (name, contestants["dLLM Q"][1]), f"{name}, one token a forward": (name, careful)}
-    frames = {label: evaluate.run(models[name], tokenizer, task, decoder, limit=against_items, seed=0,
-                                  batch_size=batch_size, chat=chat) for label, (name, decoder) in sides.items()}
-    rates = {label: evaluate.summary(part).iloc[0] for label, part in frames.items()}
-    if open_text := hasattr(task, "metrics"):
+for task_name in against_tasks if rivals else []:
+    ours = [label for label in ("dLLM own text", "dLLM Q") if label in contestants]
+    found = {label: answers(task_name, label, against_items) for label in (*ours, *theirs)}
+    rates = {label: evaluate.summary(part).iloc[0] for label, part in found.items()}
+    if open_text := hasattr(tasks.load(task_name), "metrics"):
         referee = backbones.load(judge, dtype="float32")
-        frames = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))
-                  for label, part in frames.items()}
-    answers = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in frames.items()])
-    found = comparison.paired(answers, "score", reference=first)
-    duels.append(found.assign(task=task_name, measure="nats a token" if open_text else "score", reference=first,
-                              tpf=[rates[label].tpf for label in found.arm], reference_tpf=rates[first].tpf,
-                              tokens_per_s=[rates[label].tokens_per_s for label in found.arm],
-                              reference_tokens_per_s=rates[first].tokens_per_s, seed=seed))
+        found = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))
+                 for label, part in found.items()}
+    scores = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in found.items()])
+    for mine in ours:
+        duel = comparison.paired(scores[scores.arm.isin([mine, *theirs])], "score", reference=mine)
+        duel = duel.rename(columns={"mean": "theirs"}).assign(
+            seed=seed, task=task_name, measure="nats a token" if open_text else "score", ours=mine,
+            tpf=[rates[label].tpf for label in duel.arm], our_tpf=rates[mine].tpf,
+            tokens_per_s=[rates[label].tokens_per_s for label in duel.arm],
+            our_tokens_per_s=rates[mine].tokens_per_s)
+        duels.append(duel)
 if duels:
-    duels = pd.concat(duels, ignore_index=True)
+    columns = ["seed", "task", "measure", "ours", "arm", "items", "theirs", "difference", "low", "high", "p",
+               "our_tpf", "tpf", "our_tokens_per_s", "tokens_per_s"]
+    duels = pd.concat(duels, ignore_index=True)[columns]
     duels.to_csv(output / "paired.csv", index=False)
-    print(duels.drop(columns="seed").round(3).to_string(index=False))
+    print(duels.drop(columns="seed").to_string(index=False, float_format="{:.3g}".format))
 
 # %% [markdown]
 # ## Over seeds

@@ -331,6 +331,17 @@ def test_a_table_is_made_again_only_for_another_key(tmp_path):
     assert len(made) == 2 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_texts_of_a_kept_table_come_back_to_the_letter(tmp_path):
+    table = pd.DataFrame({"text": ["007", "null", "", 'a "b",\r\n# c\n'], "score": [1.0, float("nan"), 0.1 + 0.2, 0.0], "tokens": [3, 1, 0, 9]})
+    for _ in range(2):
+        assert artefacts.kept(tmp_path / "t ≥ 1.csv", [1], lambda: table).equals(table)
+
+
+def test_a_file_that_is_no_kept_table_is_made_again(tmp_path):
+    (tmp_path / "t.csv").write_text("x\n1\n")
+    assert artefacts.kept(tmp_path / "t.csv", [1], lambda: pd.DataFrame({"x": [2]})).x.tolist() == [2]
+
+
 def test_a_run_that_takes_longer_than_the_last_one_has_no_eta(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])

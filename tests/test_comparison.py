@@ -108,7 +108,8 @@ def test_answers_are_paired_by_item_and_what_one_side_lacks_is_left_out():
     gaps = np.array([1, 0, 0, 1])  # t of 3 degrees of freedom: 3.1824
     assert found.loc["theirs", ["items", "mean", "difference"]].tolist() == [4, 0.25, 0.5]
     assert found.loc["theirs", "high"] == pytest.approx(0.5 + 3.1824 * gaps.std(ddof=1) / 2, abs=1e-3)
-    assert found.loc["same", ["items", "difference", "low", "high"]].tolist() == [5, 0, 0, 0]
+    assert found.loc["same", ["items", "difference", "low", "high", "p"]].tolist() == [5, 0, 0, 0, 1]
+    assert found.loc["theirs", "p"] == 0.5  # two items differ, both for us: 1/4 by chance, either way
     with pytest.raises(HildaError, match="rows of the arm 'mine'"):
         comparison.paired(table, "score", reference="mine")
 

@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import EOS, tiny
 
 from hildalib import HildaError, evaluate, tasks
 from hildalib.decoding import Decoded, EditSettings, ar_decode, edit_decode
-from hildalib.intervals import mean_interval, t_quantile, wilson
+from hildalib.intervals import mean_interval, sign_test, t_quantile, wilson
 
 
 def fake_task(answers):
@@ -89,6 +90,15 @@ def test_likelihood_is_the_mean_of_the_log_probabilities_of_the_text_alone():
     (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)])
 def test_wilson_intervals_of_the_literature(successes, trials, low, high):
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("more, fewer", [(0, 0), (1, 0), (12, 2), (2, 12), (7, 7), (600, 500)])
+def test_the_sign_test_is_the_binomial_one(more, fewer):
+    gaps = [0.3] * more + [-0.1] * fewer + [0.0, float("nan")]
+    chances = np.array([math.comb(more + fewer, k) / 2 ** (more + fewer) for k in range(more + fewer + 1)])
+    expected = chances[chances <= chances[more] * (1 + 1e-9)].sum()  # every split that is no likelier
+    assert sign_test(gaps) == pytest.approx(expected)
+
 
 
 @pytest.mark.parametrize("freedom, quantile", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (30, 2.0423)])
