@@ -218,6 +218,12 @@ def arm(recipe: Recipe, name: str, length: int | None = None) -> Recipe:
     return replace(recipe, **changes)
 
 
+def every_weight(name: str) -> bool:
+    """Whether arm `name` trains every weight where others of the same recipe train adapters on noisy rows."""
+    gated = Recipe(BlockSchedule(decay=((4, 1), (2, 1))), adapter_rank=1, adapter_lr=1.0, causal_context=True)
+    return arm(gated, name.removesuffix(EQUAL_COMPUTE)).adapter_rank == 0
+
+
 def _direct(recipe: Recipe) -> BlockSchedule:
     """The working block size from the first step on."""
     steps = recipe.schedule.total_steps

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hildalib import HildaError, artefacts, backbones, book, devices, gated, nano, paths, training
-from hildalib.recipe import Recipe, arm
+from hildalib.recipe import Recipe, arm, every_weight
 from hildalib.wsd import BlockSchedule
 
 
@@ -130,16 +130,17 @@ def tuning(values: Mapping) -> Stage:
         torch.manual_seed(seed)  # adapters are drawn from the global stream
         return backbones.with_lora(model, values["twin_rank"])
 
-    converted = next((name for name in values["arms"] if name != "AR twin"), "")
-    first, tokenizer = load(converted or "AR twin")
+    converted = [name for name in values["arms"] if name != "AR twin"]
+    keeping = [name for name in converted if not every_weight(name)]
+    first, tokenizer = load(next(iter(keeping or converted), "AR twin"))
     record, rank = first.config.hilda, gated.rank(first)
-    if values["adapter_base"] and converted and not rank:
+    if values["adapter_base"] and keeping and not rank:
         raise HildaError(f"adapter_base = {values['adapter_base']}: notebook 02 made no adapters on noisy rows; set its adapter_rank, or adapter_base to ''")
     rows = {"train": artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=len(first.get_input_embeddings().weight))}
     recipe = recipe_of(values, BlockSchedule(stable=(values["block_size"], values["steps"])), "sft", adapter_rank=rank,
                        **{key: record[key] for key in ("label_shift", "causal_context")})
     teacher = None
-    if recipe.kl_weight and not rank:  # adapters learn from the parent under them
+    if not rank and any(arm(recipe, name, rows["train"]["input_ids"].shape[1]).kl_weight for name in values["arms"]):  # adapters learn from the parent under them
         teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype=values["weights"])[0]
     rates = {"AR twin": values["adapter_lr"]} if values["twin_rank"] else {}
     return Stage(paths.checkpoint_dir(profile, "03_sft", seed), tokenizer, rows, recipe, start, teacher, rates)

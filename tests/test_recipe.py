@@ -8,7 +8,7 @@ from tiny import MASK, as_rows, text
 
 from hildalib import HildaError
 from hildalib.objective import predictable
-from hildalib.recipe import ARMS, NoisedRows, Recipe, arm, collate, noised_of
+from hildalib.recipe import ARMS, NoisedRows, Recipe, arm, collate, every_weight, noised_of
 from hildalib.wsd import BlockSchedule
 
 IDS = {"mask_token_id": MASK, "forbidden_ids": range(5), "vocab_size": 19}
@@ -168,6 +168,11 @@ def test_a_plain_conversion_is_masks_at_uniform_rates_and_nothing_else():
         plain = arm(recipe, "plain conversion")
         assert plain == Recipe(BlockSchedule(stable=(4, 8)), label_shift=False, full_share=0.0, edit_weight=plain.edit_weight, kl_top_k=plain.kl_top_k,
                                draft_turns=plain.draft_turns, adapter_lr=plain.adapter_lr, mask_noise=plain.mask_noise, **kept), recipe
+
+
+def test_the_arms_that_train_every_weight():
+    names = {*ARMS, "plain conversion at equal compute", "hard labels at equal compute"}
+    assert {name for name in names if every_weight(name)} == {"AR twin", "all weights", "CARD", "plain conversion", "plain conversion at equal compute"}
 
 
 def test_the_ar_twin_sees_the_same_texts_in_the_same_order_as_next_token_prediction():

@@ -129,6 +129,15 @@ def test_adapters_go_on_learning_over_the_tuned_twin_and_move_with_it(data, tmp_
         stages.origins(values | {"twin_rank": 3})
 
 
+def test_an_arm_of_every_weight_is_tuned_alone_in_a_profile_of_adapters(data):
+    """`hilda train 03_sft --arm "plain conversion"`: nobody to learn from, so neither twin nor adapters need be there."""
+    gates = {"adapter_rank": 4, "adapter_lr": 0.01, "context_weight": 0.0, "ar_share": 0.0, "warmup": [[2, 1]], "decay": [[8, 2]], "parent_steps": 2}
+    stages.conversion(params.load("02_wsd", "smoke", {**gates, "kl_weight": 0.5, "arms": ["plain conversion"]})).train("plain conversion")
+    artefacts.save_rows(artefacts.load_rows("smoke", "01_data", "train"), "smoke", "01_data", "sft-train")
+    values = params.load("03_sft", "smoke", {"arms": ["plain conversion"], "adapter_base": "AR twin", "adapter_lr": 0.01, "context_weight": 0.0, "kl_weight": 0.5, "twin_rank": 3, "steps": 2})
+    assert stages.tuning(values).train("plain conversion").step.max() == 2
+
+
 def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(data, tmp_path, monkeypatch):
     """twin_rank: the twin starts at what the dLLM's adapters lie on; both changes together are a folder of adapters that loads beside that model's name."""
     model, tokenizer = nano(32, 2)
