@@ -32,6 +32,17 @@ TRAIN_EXAMPLES = """examples:
 The processes share the rows of each step (micro-batches first, then the rows of one), so a run is the same run in any number of them: its
 losses and weights are those of one process but for the order of sums, and what was interrupted continues in more or fewer.
 """
+TUNE_EXAMPLES = """examples:
+  hilda tune --sources my-pairs.jsonl --out my-model                                   lines {"prompt": ..., "response": ...}
+  hilda tune --sources gsm_symbolic=3200 tinystories=800 --steps 600 --out sums          named corpora, so many pairs of each
+  torchrun --nproc_per_node 2 -m hildalib tune --sources my-pairs.jsonl --out my-model two processes share each step
+  hilda tune --model FOLDER --arm "plain conversion" --sources gsm8k --out other       a model that learns in all its weights
+  hilda generate "What is 17 + 25?" --chat --mode own --model my-model/model           then
+
+The model that comes with HILDA is tuned as it was made: first its base, left to right, in adapters of its own (--steps), then the adapters
+that draft for it (--draft-steps). What is not said here (rates, noise, batch) is that of params/<profile>/03_sft.yaml. The same command
+continues what was interrupted, in any number of processes.
+"""
 PLAN_EXAMPLES = """examples:
   hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB
   hilda plan 02_wsd --profile qwen3-0.6b+pascal --memory 8GB --gflops 8000     for a card that is not here: its float32 rate
@@ -54,6 +65,7 @@ EXAMPLES = """examples:
   hilda plan 02_wsd --profile qwen3-0.6b --memory 8GB     what a training step needs, before it is started
   hilda tokenise dolma:FOLDER --model smollm2-135m --out FOLDER --jobs 8    a large corpus, once
   hilda generate "Once upon a time"         SmolLM2-135M as a dLLM; its base is downloaded once (98 MB)
+  hilda tune --sources my-pairs.jsonl --out my-model      more tuning of that model, on pairs of your own
   hilda serve --model outputs/nano/03_sft/checkpoints/dLLM/model
   hilda export outputs/nano/03_sft/checkpoints/dLLM/model --to gguf
 
@@ -148,6 +160,19 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME",
                        help="only this arm (repeatable; default: all of the profile)")
 
+    tune = command("tune", _tune, "tune a converted model on more pairs, your own or those of named corpora", epilog=TUNE_EXAMPLES)
+    tune.add_argument("--model", default="smollm2-135m-dllm", help="folder, hub id or registered name of a converted model (default: %(default)s)")
+    tune.add_argument("--sources", nargs="+", required=True, metavar="SOURCE", help=".jsonl files of pairs, or names of corpora with pairs")
+    tune.add_argument("--out", required=True, metavar="FOLDER", help="where to: checkpoints, logs and, in the end, FOLDER/model")
+    for name, default, help in (("pairs", 1600, "most pairs of each source"), ("length", 256, "tokens in a packed row"),
+                                ("steps", 300, "steps of the base, or of all weights"), ("draft-steps", 150, "steps of the drafting adapters")):
+        tune.add_argument(f"--{name}", type=_at_least(1), default=default, metavar="N", help=f"{help} (default: {default})")
+    tune.add_argument("--profile", default="smol", help="parameter set whose 03_sft gives the rest (default: smol)")
+    tune.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
+                      help="change one of those parameters, e.g. seed=1 (repeatable)")
+    tune.add_argument("--arm", default="dLLM", metavar="NAME", help="objective of a model that learns in all its weights (default: dLLM)")
+    tune.add_argument("--license", default=None, help="licence of adapters to hand out, for their card")
+
     plan = command("plan", _plan, "predict memory and time of a training stage from its parameters alone", epilog=PLAN_EXAMPLES)
     plan.add_argument("notebook", nargs="?", default="02_wsd", metavar="NOTEBOOK", help="02_wsd (default) or 03_sft")
     plan.add_argument("--profile", default="nano", help="parameter set, with overlays: profile+overlay (default: nano)")
@@ -219,6 +244,17 @@ def _train(options) -> int:
     from hildalib import stages
 
     return stages.run(options.notebook, options.profile, dict(options.overrides), options.arms)
+
+
+def _tune(options) -> int:
+    from hildalib import tuning
+
+    plan = tuning.Plan(options.sources, options.pairs, options.steps, options.draft_steps, options.length, options.profile, dict(options.overrides),
+                       options.arm, options.license)
+    made = tuning.tune(options.model, options.out, plan)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f'next: hilda generate "your prompt" --chat --model {made}')
+    return 0
 
 
 def _plan(options) -> int:
