@@ -33,7 +33,7 @@ def test_help_and_mistakes_do_not_import_torch():
 
 def test_every_command_explains_itself(capsys):
     names = list(next(action for action in parser()._actions if action.dest == "command").choices)
-    assert names == ["run", "train", "plan", "tokenise", "status", "generate", "serve", "export", "smoke-test", "doctor", "fetch"]
+    assert names == ["run", "train", "tune", "compare", "plan", "tokenise", "status", "generate", "serve", "export", "smoke-test", "doctor", "fetch"]
     for name in names:
         assert run(name, "--help") == 0
         assert f"usage: hilda {name}" in capsys.readouterr().out

@@ -1,0 +1,110 @@
+"""Models beside each other on the same test prompts: `hilda compare`, for whoever has tuned or converted one and asks whether it is better.
+
+Entry points: `compare` (answers kept, differences paired by prompt), `Contest` (what is asked), `contestant` (NAME=MODEL:MODE).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from hildalib import HildaError, artefacts, backbones, comparison, evaluate, tasks
+from hildalib.decoding import PRESETS, EditSettings, settings_for
+
+MODES = {"own": "its own greedy text, drafted in blocks and verified", "S": "preset S", "Q": "preset Q", "single": "one token a forward, the most probable",
+         "ar": "left to right, one token a forward"}
+MEASURES = {True: "nats a token", False: "score"}  # of open texts under the judge, where less is better, and of answers
+
+
+@dataclass(frozen=True)
+class Contest:
+    """tasks: of hildalib.tasks; items: test prompts of each; open_items: of one without right answers, whose texts `judge`, an AR model, reads."""
+
+    tasks: Sequence[str]
+    items: int = 200
+    open_items: int = 40
+    batch_size: int = 20
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    judge: str = "smollm2-135m"
+    chat: bool = True
+
+
+def contestant(text: str) -> tuple[str, str, str]:
+    """(name in tables, model, mode) of MODEL:MODE or NAME=MODEL:MODE; without a mode it is "own". HildaError for an unknown mode."""
+    name, sign, rest = text.rpartition("=")
+    model, colon, mode = rest.rpartition(":")
+    if not colon or not model or "/" in mode or "\\" in mode:  # the colon of a drive
+        model, mode = rest, "own"
+    if mode not in MODES:
+        raise HildaError(f"{text}: mode {mode!r} is unknown; use one of {', '.join(MODES)}, as in {model}:Q")
+    return name if sign else f"{model}:{mode}", model, mode
+
+
+def compare(contestants: Sequence[str], contest: Contest, out: str | Path) -> pd.DataFrame:
+    """The first of `contestants` ("NAME=MODEL:MODE") beside each of the others, one row a task and rival, also in `out`/paired.csv.
+
+    Columns: task, measure ("score", or "nats a token" of open texts under the judge, where less is better), ours, theirs (means), difference
+    (ours - theirs), low, high (95 % t over prompts), p (exact sign test), items, and tokens a forward and a second of both. Every answer is kept in `out`, so
+    an interrupted comparison, or one with further rivals, asks only what is new; `out`/scores.csv has a row a prompt.
+    """
+    them, folder = [contestant(text) for text in contestants], Path(out)
+    if len({name for name, *_ in them}) < max(2, len(them)):
+        raise HildaError("compare needs two or more contestants of different names, e.g. smollm2-135m-dllm:own new=my-model/model:own")
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = {(task, label): _answers(model, mode, task, contest, folder) for label, model, mode in them for task in contest.tasks}
+    rows, scores, mine = [], [], them[0][0]
+    for name in contest.tasks:
+        open_text = hasattr(tasks.load(name), "metrics")
+        parts = {label: _judged(frames[name, label], contest.judge) if open_text else frames[name, label] for label, *_ in them}
+        table = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in parts.items()])
+        scores.append(table.assign(task=name)[["task", "arm", "item", "score", "tokens", "forwards"]])
+        rates = {label: evaluate.summary(frames[name, label]).iloc[0] for label in parts}
+        found = comparison.paired(table, "score", reference=mine).rename(columns={"mean": "theirs", "arm": "rival"})
+        rows.append(found.assign(task=name, measure=MEASURES[open_text], ours=parts[mine].score.mean(), our_tpf=rates[mine].tpf,
+                                 our_tokens_per_s=rates[mine].tokens_per_s, tpf=[rates[label].tpf for label in found.rival],
+                                 tokens_per_s=[rates[label].tokens_per_s for label in found.rival]))
+    pd.concat(scores).to_csv(folder / "scores.csv", index=False)
+    result = pd.concat(rows, ignore_index=True)[["task", "measure", "rival", "items", "ours", "theirs", "difference", "low", "high", "p",
+                                                 "our_tpf", "tpf", "our_tokens_per_s", "tokens_per_s"]]
+    result.to_csv(folder / "paired.csv", index=False)
+    return result
+
+
+def _answers(model: str, mode: str, task_name: str, contest: Contest, folder: Path) -> pd.DataFrame:
+    task, source = tasks.load(task_name), backbones.fetch(model)
+    limit = contest.open_items if hasattr(task, "metrics") else contest.items
+    digest = hashlib.blake2b()
+    for file in sorted(source.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    key = {key: value for key, value in asdict(contest).items() if key not in ("tasks", "items", "open_items", "judge")}
+
+    def ask() -> pd.DataFrame:
+        loaded, tokenizer = backbones.load(model, dtype=contest.dtype)
+        return evaluate.run(loaded, tokenizer, task, _decoder(loaded, model, mode, contest.max_new_tokens), limit=limit, batch_size=contest.batch_size,
+                            chat=contest.chat)
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task_name}-{limit}-{model}-{mode}")
+    return artefacts.kept(folder / f"{name[-120:]}.csv", key | {"model": digest.hexdigest()[:32], "mode": mode, "task": task_name, "items": limit}, ask)
+
+
+def _decoder(loaded, name: str, mode: str, max_new_tokens: int) -> evaluate.Decoder:
+    record = loaded.config.hilda
+    if mode in ("own", "ar") and not record["label_shift"]:
+        raise HildaError(f"{name}:{mode}: that model predicts a token at its own place, so it has no left-to-right text; use Q or single")
+    if mode == "ar":
+        return evaluate.autoregressive(max_new_tokens)
+    if not record["block_size"]:
+        raise HildaError(f"{name}:{mode}: that model is autoregressive; use {name}:ar")
+    if mode == "own":
+        return evaluate.speculative(max_new_tokens)
+    single = EditSettings(tau_mask=1.0, tau_edit=1.0, max_new_tokens=max_new_tokens)
+    return evaluate.diffusion(single if mode == "single" else settings_for(mode, max_new_tokens=max_new_tokens))
+
+
+def _judged(part: pd.DataFrame, judge: str) -> pd.DataFrame:
+    referee = backbones.load(judge, dtype="float32")
+    return part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))

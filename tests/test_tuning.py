@@ -1,0 +1,99 @@
+"""`hilda tune`: a handed-out model goes on learning in both its adapters, another one in all its weights; pairs of one's own; what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from hildalib import HildaError, backbones, exports, tuning
+from hildalib.__main__ import main
+from hildalib.gated import gate
+from hildalib.nano import nano
+
+FEW = {"profile": "smoke", "overrides": {"adapter_lr": 0.01, "context_weight": 0.0, "kl_weight": 0.5, "twin_rank": 3, "lr": 0.02}}
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """A file of pairs: sums of one digit."""
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n % 10}+1=", "response": f"{n % 10 + 1};"}) + "\n" for n in range(40)))
+    return str(file)
+
+
+@pytest.fixture
+def handed(tmp_path, monkeypatch):
+    """Adapters to hand out over a model with a name: those of its tuning and those that draft."""
+    model, tokenizer = nano(32, 2)
+    model.config.hilda |= {"parent": "named/model"}
+    base, fetch = backbones.save(model, tokenizer, tmp_path / "named"), backbones.fetch
+    monkeypatch.setattr(backbones, "fetch", lambda name: base if str(name) == "named/model" else fetch(name))
+    for place, rank, record in (("whole", 3, {"block_size": 1}), ("drafts", 4, {"block_size": 4, "causal_context": True})):
+        adapted = backbones.with_lora(backbones.load(tmp_path / "whole" if rank == 4 else "named/model", dtype="float32", device="cpu")[0], rank)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_" in name:
+                    weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(rank))
+        adapted.config.hilda = adapted.config.hilda | record | {"stage": "sft", "parent": "named/model"}
+        backbones.save(gate(adapted) if rank == 4 else adapted, tokenizer, tmp_path / place)
+    return exports.export(tmp_path / "drafts", "adapter", tmp_path / "handed").folder
+
+
+def logits(folder):
+    with torch.no_grad():
+        return backbones.load(folder, dtype="float32", device="cpu")[0](input_ids=torch.arange(6, 18)[None]).logits
+
+
+def test_a_handed_out_model_learns_in_both_its_adapters_and_can_be_handed_out_again(handed, sums, tmp_path, monkeypatch):
+    plan = tuning.Plan([sums], steps=30, draft_steps=2, length=64, **FEW)
+    made = tuning.tune(str(handed), str(tmp_path / "more"), plan)
+    assert {file.name for file in made.iterdir()} >= {"adapter_model.safetensors", "hilda.json", "README.md", "twin"}
+    record = json.loads((made / "hilda.json").read_text())["hilda"]
+    assert (record["block_size"], record["stage"], record["parent"], record["gated"]) == (4, "sft", "named/model", True)
+    model = backbones.load(made, dtype="float32", device="cpu")[0]
+    assert model.peft_config["default"].r == 4 and backbones.load(made / "twin", device="cpu")[0].peft_config["default"].r == 3
+    assert torch.allclose(logits(made), logits(tmp_path / "more" / "twin" / "model"), atol=0.02)  # adapters handed out are in bfloat16
+    assert (logits(made) - logits(handed)).abs().max() > 0.1  # what reads has learned
+    monkeypatch.setattr("hildalib.training.DiffusionTrainer.train", lambda *_, **__: pytest.fail("trained again"))
+    assert tuning.tune(str(handed), str(tmp_path / "more"), plan) == made
+
+
+def test_a_base_without_adapters_of_its_own_is_given_some(handed, sums, tmp_path):
+    (record := json.loads((handed / "hilda.json").read_text()))["base"] = "named/model"
+    (handed / "hilda.json").write_text(json.dumps(record))
+    made = tuning.tune(str(handed), str(tmp_path / "more"), tuning.Plan([sums], steps=3, draft_steps=1, length=64, **FEW))
+    assert backbones.load(made / "twin", device="cpu")[0].peft_config["default"].r == 3
+
+
+def test_another_model_learns_in_all_its_weights_under_the_objective_that_is_named(sums, tmp_path):
+    model, tokenizer = nano(32, 2)
+    model.config.hilda |= {"block_size": 4, "label_shift": False}
+    backbones.save(model, tokenizer, tmp_path / "plain")
+    plan = tuning.Plan([f"{sums}=8", "arithmetic=20"], steps=3, length=64, arm="plain conversion", **FEW)
+    made = tuning.tune(str(tmp_path / "plain"), str(tmp_path / "more"), plan)
+    again = backbones.load(made, dtype="float32", device="cpu")[0]
+    assert again.config.hilda["label_shift"] is False and again.config.hilda["stage"] == "sft"
+    assert all(not torch.equal(one, other) for one, other in zip(again.model.layers.parameters(), model.model.layers.parameters()))
+
+
+def test_pairs_are_read_from_a_file_a_line_each(sums, tmp_path):
+    tokenizer = nano(32, 2)[1]
+    assert tuning.pairs_of(sums, tokenizer, 2, seed=0) == [("0+1=", "1;"), ("1+1=", "2;")]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": 3, "response": "2"}\n')
+    with pytest.raises(HildaError, match=r"bad.jsonl, line 2: not \{"):
+        tuning.pairs_of(str(tmp_path / "bad.jsonl"), tokenizer, 9, seed=0)
+    with pytest.raises(HildaError, match="absent.jsonl is not there"):
+        tuning.pairs_of(str(tmp_path / "absent.jsonl"), tokenizer, 9, seed=0)
+
+
+def test_the_command_refuses_a_model_that_is_not_converted_and_tells_what_comes_next(sums, tmp_path, capsys):
+    model, tokenizer = nano(32, 2)
+    backbones.save(model, tokenizer, tmp_path / "ar")
+    common = ["tune", "--sources", sums, "--out", str(tmp_path / "more"), "--profile", "smoke", "--steps", "1", "--length", "64"]
+    assert main([*common, "--model", str(tmp_path / "ar")]) == 2
+    assert "is autoregressive; convert it first" in capsys.readouterr().err
+    model.config.hilda |= {"block_size": 4, "causal_context": True}
+    backbones.save(model, tokenizer, tmp_path / "dllm")
+    assert main([*common, "--model", str(tmp_path / "dllm")]) == 0
+    printed = capsys.readouterr().out
+    assert "40 pairs in" in printed and "next: hilda generate" in printed and "every weight" in printed
