@@ -11,6 +11,7 @@ import pandas as pd
 from hildalib import weights
 
 CODE = "```"
+TUNING = "tuning.json"  # what `hilda tune` was told, in its folder
 WHOLE = """As a left-to-right model, with Transformers alone:
 
 ```python
@@ -58,8 +59,11 @@ def _run(source: Path) -> Path | None:
 
 
 def _recipe(source: Path) -> list[str]:
-    """Parameters of the notebook that made the model and of those before it, with the clean tokens that they report."""
+    """Parameters of `hilda tune`, or of the notebook that made the model and of those before it, with the clean tokens that they report."""
     last, lines = _run(source), []
+    told = next((file for place in source.absolute().parents[:2] if (file := place / TUNING).is_file()), None)
+    if told is not None:
+        return ["Tuned further by `hilda tune`:", "", f"{CODE}json", told.read_text(encoding="utf-8"), CODE, ""]
     if last is None:
         return ["The parameters of its training were not recorded beside the weights.", ""]
     for run in sorted({last, *(file.parent for file in last.parent.glob("[0-9][0-9]_*/stamp.json") if file.parent.name < last.name)}):

@@ -54,7 +54,10 @@ def _handed(source: Path, folder: Path, record: dict, base: str) -> None:
     """The adapter in `source` in bfloat16 as `folder`, with what it lies on."""
     tensors = {key: value.bfloat16() for key, value in load_file(source / "adapter_model.safetensors").items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write(folder / "adapter_config.json", _read(source / "adapter_config.json") | {"base_model_name_or_path": base})
+    config = _read(source / "adapter_config.json") | {"base_model_name_or_path": base}
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # a set, in peft: each run writes another order
+    _write(folder / "adapter_config.json", config)
     _write(folder / backbones.ADAPTER_RECORD, record)
 
 

@@ -6,12 +6,13 @@ of its own, then the drafting adapters learn on over it. Every other model learn
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from hildalib import HildaError, backbones, devices, exports, gated, pairs, params, training
+from hildalib.cards import TUNING
 from hildalib.recipe import arm
 from hildalib.stages import recipe_of
 from hildalib.wsd import BlockSchedule
@@ -65,6 +66,10 @@ def tune(model: str, out: str, plan: Plan) -> Path:
         raise HildaError(f"{model} is autoregressive; convert it first (notebook 02), or give a converted model such as smollm2-135m-dllm")
     if not over and hasattr(drafter, "peft_config"):
         raise HildaError(f"{model} holds adapters on every row; merge them first: hilda export {model} --to merged")
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = asdict(plan) | {"sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources], "model": Path(model).name, "parameters": values}
+        (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
     rows = _rows(plan, tokenizer, record["block_size"], values["seed"], say=state.is_main_process)
     recipe = recipe_of(values, BlockSchedule(stable=(record["block_size"], plan.draft_steps if over else plan.steps)), "sft",
                        **{key: record[key] for key in ("label_shift", "causal_context")})

@@ -48,6 +48,10 @@ def test_a_handed_out_model_learns_in_both_its_adapters_and_can_be_handed_out_ag
     plan = tuning.Plan([sums], steps=30, draft_steps=2, length=64, **FEW)
     made = tuning.tune(str(handed), str(tmp_path / "more"), plan)
     assert {file.name for file in made.iterdir()} >= {"adapter_model.safetensors", "hilda.json", "README.md", "twin"}
+    card = (made / "README.md").read_text()
+    assert "Tuned further by `hilda tune`" in card and "sums.jsonl" in card and str(tmp_path) not in card
+    targets = json.loads((made / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == 14 and targets == sorted(targets)  # the same folder, whatever order a set has
     record = json.loads((made / "hilda.json").read_text())["hilda"]
     assert (record["block_size"], record["stage"], record["parent"], record["gated"]) == (4, "sft", "named/model", True)
     model = backbones.load(made, dtype="float32", device="cpu")[0]
