@@ -54,8 +54,8 @@ def pairs_of(source: str, tokenizer, limit: int, seed: int) -> list[tuple[str, s
 
 
 def tune(model: str, out: str, plan: Plan) -> Path:
-    """Tunes a copy of `model` by `plan` and returns the folder of what came of it, `out`/model: adapters to hand out where `model` is such, else whole
-    weights. The same call continues what was interrupted. HildaError for a model that is not converted, sources without pairs, or a wrong parameter."""
+    """Tunes a copy of `model` by `plan` and returns the folder of what came of it: `out`/model, adapters to hand out, where `model` is adapters over a base
+    that others have or adapters of one; else the folder of the last training. The same call continues what was interrupted. HildaError for a model that is not converted, sources without pairs, or a wrong parameter."""
     from accelerate import PartialState
 
     state = PartialState(cpu=devices.choose_device("auto").type == "cpu")  # chooses this process's device before a model is loaded
@@ -87,10 +87,14 @@ def tune(model: str, out: str, plan: Plan) -> Path:
     del base
     drafter = backbones.load(source, dtype=values["weights"], base=folder / "twin" / "model")[0]
     training.train(drafter, tokenizer, rows, replace(recipe, adapter_rank=gated.rank(drafter)), folder / "drafts", title="drafts")
-    if state.is_main_process and not (folder / "model").exists():
-        print(exports.export(folder / "drafts" / "model", "adapter", folder / "model", license=plan.license), flush=True)
+    made = folder / "model"
+    if state.is_main_process and not made.exists():
+        try:
+            print(exports.export(folder / "drafts" / "model", "adapter", made, license=plan.license), flush=True)
+        except HildaError as error:
+            print(f"what it lies on cannot be handed out beside it ({error}); it stays in two folders", flush=True)
     state.wait_for_everyone()
-    return folder / "model"
+    return made if made.exists() else folder / "drafts" / "model"
 
 
 def _rows(plan: Plan, tokenizer, block_size: int, seed: int, say: bool) -> dict[str, torch.Tensor]:

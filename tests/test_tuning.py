@@ -69,6 +69,13 @@ def test_a_base_without_adapters_of_its_own_is_given_some(handed, sums, tmp_path
     assert backbones.load(made / "twin", device="cpu")[0].peft_config["default"].r == 3
 
 
+def test_what_lies_on_weights_that_nobody_else_has_stays_where_it_was_trained(handed, sums, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hildalib.handout.MOST", 2)  # a base of which more than that has changed counts as tuned in all its weights
+    made = tuning.tune(str(handed), str(tmp_path / "more"), tuning.Plan([sums], steps=3, draft_steps=1, length=64, **FEW))
+    assert made == tmp_path / "more" / "drafts" / "model" and "cannot be handed out" in capsys.readouterr().out
+    assert backbones.load(made, dtype="float32", device="cpu")[0].config.hilda["stage"] == "sft"
+
+
 def test_another_model_learns_in_all_its_weights_under_the_objective_that_is_named(sums, tmp_path):
     model, tokenizer = nano(32, 2)
     model.config.hilda |= {"block_size": 4, "label_shift": False}
