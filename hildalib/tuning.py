@@ -68,7 +68,7 @@ def tune(model: str, out: str, plan: Plan) -> Path:
         raise HildaError(f"{model} holds adapters on every row; merge them first: hilda export {model} --to merged")
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        told = asdict(plan) | {"sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources], "model": Path(model).name, "parameters": values}
+        told = asdict(plan) | {"sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources], "model": Path(model).name if Path(model).is_dir() else model, "parameters": values}
         (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
     rows = _rows(plan, tokenizer, record["block_size"], values["seed"], say=state.is_main_process)
     recipe = recipe_of(values, BlockSchedule(stable=(record["block_size"], plan.draft_steps if over else plan.steps)), "sft",
