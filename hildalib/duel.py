@@ -12,10 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from hildalib import HildaError, artefacts, backbones, comparison, evaluate, tasks
-from hildalib.decoding import PRESETS, EditSettings, settings_for
+from hildalib.decoding import EditSettings, settings_for
 
-MODES = {"own": "its own greedy text, drafted in blocks and verified", "S": "preset S", "Q": "preset Q", "single": "one token a forward, the most probable",
-         "ar": "left to right, one token a forward"}
+MODES = ("own", "S", "Q", "single", "ar")  # own greedy text, drafted and verified; the presets; one token a forward; left to right
 MEASURES = {True: "nats a token", False: "score"}  # of open texts under the judge, where less is better, and of answers
 
 
@@ -57,14 +56,17 @@ def compare(contestants: Sequence[str], contest: Contest, out: str | Path) -> pd
     folder.mkdir(parents=True, exist_ok=True)
     frames = {(task, label): _answers(model, mode, task, contest, folder) for label, model, mode in them for task in contest.tasks}
     rows, scores, mine = [], [], them[0][0]
+    open_tasks = {name for name in contest.tasks if hasattr(tasks.load(name), "metrics")}
+    referee = backbones.load(contest.judge, dtype="float32") if open_tasks else None
     for name in contest.tasks:
-        open_text = hasattr(tasks.load(name), "metrics")
-        parts = {label: _judged(frames[name, label], contest.judge) if open_text else frames[name, label] for label, *_ in them}
+        parts = {label: frames[name, label] for label, *_ in them}
+        if name in open_tasks:
+            parts = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist())) for label, part in parts.items()}
         table = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in parts.items()])
         scores.append(table.assign(task=name)[["task", "arm", "item", "score", "tokens", "forwards"]])
         rates = {label: evaluate.summary(frames[name, label]).iloc[0] for label in parts}
         found = comparison.paired(table, "score", reference=mine).rename(columns={"mean": "theirs", "arm": "rival"})
-        rows.append(found.assign(task=name, measure=MEASURES[open_text], ours=parts[mine].score.mean(), our_tpf=rates[mine].tpf,
+        rows.append(found.assign(task=name, measure=MEASURES[name in open_tasks], ours=parts[mine].score.mean(), our_tpf=rates[mine].tpf,
                                  our_tokens_per_s=rates[mine].tokens_per_s, tpf=[rates[label].tpf for label in found.rival],
                                  tokens_per_s=[rates[label].tokens_per_s for label in found.rival]))
     pd.concat(scores).to_csv(folder / "scores.csv", index=False)
@@ -77,9 +79,6 @@ def compare(contestants: Sequence[str], contest: Contest, out: str | Path) -> pd
 def _answers(model: str, mode: str, task_name: str, contest: Contest, folder: Path) -> pd.DataFrame:
     task, source = tasks.load(task_name), backbones.fetch(model)
     limit = contest.open_items if hasattr(task, "metrics") else contest.items
-    digest = hashlib.blake2b()
-    for file in sorted(source.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
     key = {key: value for key, value in asdict(contest).items() if key not in ("tasks", "items", "open_items", "judge")}
 
     def ask() -> pd.DataFrame:
@@ -88,7 +87,17 @@ def _answers(model: str, mode: str, task_name: str, contest: Contest, folder: Pa
                             chat=contest.chat)
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task_name}-{limit}-{model}-{mode}")
-    return artefacts.kept(folder / f"{name[-120:]}.csv", key | {"model": digest.hexdigest()[:32], "mode": mode, "task": task_name, "items": limit}, ask)
+    return artefacts.kept(folder / f"{name[-120:]}.csv", key | {"model": _digest(source), "mode": mode, "task": task_name, "items": limit}, ask)
+
+
+def _digest(source: Path) -> str:
+    """Of the weights and records in a model's folder, and in the folder that its adapters lie on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
+        digest.update(file.read_bytes())
+    if (source / backbones.ADAPTER_RECORD).is_file() and (base := Path(backbones.base_of(source))).is_dir():
+        digest.update(_digest(base).encode())
+    return digest.hexdigest()
 
 
 def _decoder(loaded, name: str, mode: str, max_new_tokens: int) -> evaluate.Decoder:
@@ -103,8 +112,3 @@ def _decoder(loaded, name: str, mode: str, max_new_tokens: int) -> evaluate.Deco
         return evaluate.speculative(max_new_tokens)
     single = EditSettings(tau_mask=1.0, tau_edit=1.0, max_new_tokens=max_new_tokens)
     return evaluate.diffusion(single if mode == "single" else settings_for(mode, max_new_tokens=max_new_tokens))
-
-
-def _judged(part: pd.DataFrame, judge: str) -> pd.DataFrame:
-    referee = backbones.load(judge, dtype="float32")
-    return part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))

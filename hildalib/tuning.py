@@ -6,22 +6,25 @@ of its own, then the drafting adapters learn on over it. Every other model learn
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from hildalib import HildaError, backbones, devices, exports, gated, pairs, params, training
 from hildalib.cards import TUNING
-from hildalib.recipe import arm
+from hildalib.recipe import Recipe, arm
 from hildalib.stages import recipe_of
 from hildalib.wsd import BlockSchedule
 
 
 @dataclass
 class Plan:
-    """sources: names of `hildalib.corpora` with pairs, or .jsonl files of {"prompt", "response"}, each with =N behind it or the first `pairs`. steps: of the base or of all
-    weights; draft_steps: of drafting adapters. length: tokens in a packed row. profile, overrides: notebook 03's parameters, which give the rest."""
+    """sources: names of `hildalib.corpora` with pairs, or .jsonl files of {"prompt", "response"}, each with =N behind it or the first `pairs`.
+
+    steps: of the base or of all weights; draft_steps: of drafting adapters. length: tokens in a packed row. profile, overrides: notebook 03's
+    parameters, which give the rest. arm: of `recipe.ARMS`, the objective of a model that learns in all its weights. license: of adapters to hand out.
+    """
 
     sources: Sequence[str]
     pairs: int = 1600
@@ -35,7 +38,8 @@ class Plan:
 
 
 def pairs_of(source: str, tokenizer, limit: int, seed: int) -> list[tuple[str, str]]:
-    """(prompt as a user's turn, response) of a named source's train split, or of the first `limit` lines of a .jsonl file. HildaError for a line that is no pair."""
+    """(prompt as a user's turn, response) of a named source's train split, or of the first `limit` lines of a .jsonl file. HildaError for a line
+    that is no pair."""
     if not source.endswith(".jsonl"):
         return pairs.of_source(source, tokenizer, split="train", limit=limit, seed=seed)
     if not Path(source).is_file():
@@ -55,7 +59,8 @@ def pairs_of(source: str, tokenizer, limit: int, seed: int) -> list[tuple[str, s
 
 def tune(model: str, out: str, plan: Plan) -> Path:
     """Tunes a copy of `model` by `plan` and returns the folder of what came of it: `out`/model, adapters to hand out, where `model` is adapters over a base
-    that others have or adapters of one; else the folder of the last training. The same call continues what was interrupted. HildaError for a model that is not converted, sources without pairs, or a wrong parameter."""
+    that others have or adapters of one; else the folder of the last training. The same call continues what was interrupted. HildaError for a
+    model that is not converted, sources without pairs, or a wrong parameter."""
     from accelerate import PartialState
 
     state = PartialState(cpu=devices.choose_device("auto").type == "cpu")  # chooses this process's device before a model is loaded
@@ -67,9 +72,7 @@ def tune(model: str, out: str, plan: Plan) -> Path:
     if not over and hasattr(drafter, "peft_config"):
         raise HildaError(f"{model} holds adapters on every row; merge them first: hilda export {model} --to merged")
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        told = asdict(plan) | {"sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources], "model": Path(model).name if Path(model).is_dir() else model, "parameters": values}
-        (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        _record(model, plan, values, folder)
     rows = _rows(plan, tokenizer, record["block_size"], values["seed"], say=state.is_main_process)
     recipe = recipe_of(values, BlockSchedule(stable=(record["block_size"], plan.draft_steps if over else plan.steps)), "sft",
                        **{key: record[key] for key in ("label_shift", "causal_context")})
@@ -95,6 +98,16 @@ def tune(model: str, out: str, plan: Plan) -> Path:
             print(f"what it lies on cannot be handed out beside it ({error}); it stays in two folders", flush=True)
     state.wait_for_everyone()
     return made if made.exists() else folder / "drafts" / "model"
+
+
+def _record(model: str, plan: Plan, values: Mapping, folder: Path) -> None:
+    """What was asked, for the card: names instead of this machine's folders, and of the parameters those that `plan` leaves to notebook 03."""
+    used = {each.name for each in fields(Recipe)} | {"twin_rank", "weights"}
+    told = {key: value for key, value in asdict(plan).items() if key not in ("overrides", "license")}
+    told |= {"model": Path(model).name if Path(model).is_dir() else model, "sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources],
+             "parameters": {key: value for key, value in values.items() if key in used}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def _rows(plan: Plan, tokenizer, block_size: int, seed: int, say: bool) -> dict[str, torch.Tensor]:
