@@ -36,7 +36,7 @@ that draft for it (--draft-steps). What is not said here (rates, noise, batch) i
 continues what was interrupted, in any number of processes.
 """
 COMPARE_EXAMPLES = """examples:
-  hilda compare new=my-model/model old=smollm2-135m-dllm --tasks arithmetic tinystories --out comparison
+  hilda compare new=my-model/model old=smollm2-135m-dllm --tasks arithmetic sudoku --out comparison
   hilda compare own=MODEL:own Q=MODEL:Q single=MODEL:single --tasks gsm_symbolic --items 1000 --out comparison
 
 Differences are the first one's minus each other's on the same prompt, with a 95 % interval over prompts and the p of an exact sign test; stories
