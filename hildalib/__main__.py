@@ -72,8 +72,11 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--sources", nargs="+", required=True, metavar="SOURCE", help=".jsonl files of pairs, or names of corpora with pairs")
     tune.add_argument("--out", required=True, metavar="FOLDER", help="where to: checkpoints, logs and, in the end, FOLDER/model")
     for name, default, help in (("pairs", 1600, "most pairs of each source"), ("length", 256, "tokens in a packed row"),
-                                ("steps", 300, "steps of the base, or of all weights"), ("draft-steps", 150, "steps of the drafting adapters")):
-        tune.add_argument(f"--{name}", type=_at_least(1), default=default, metavar="N", help=f"{help} (default: {default})")
+                                ("steps", 300, "steps of the base (0: it stays as it is), or of all weights"),
+                                ("draft-steps", 150, "steps of the drafting adapters")):
+        tune.add_argument(f"--{name}", type=_at_least(0 if name == "steps" else 1), default=default, metavar="N", help=f"{help} (default: {default})")
+    tune.add_argument("--own-answers", action="store_true", help="the drafting adapters learn on what the base answers to the prompts instead of the "
+                      "responses: mode own writes the same text in fewer forwards")
     tune.add_argument("--profile", default="smol", help="parameter set whose 03_sft gives the rest (default: smol)")
     tune.add_argument("--set", dest="overrides", type=_pair, action="append", default=[], metavar="KEY=VALUE",
                       help="change one of those parameters, e.g. seed=1 (repeatable)")
@@ -168,8 +171,8 @@ def _train(options) -> int:
 def _tune(options) -> int:
     from hildalib import tuning
 
-    plan = tuning.Plan(options.sources, options.pairs, options.steps, options.draft_steps, options.length, options.profile, dict(options.overrides),
-                       options.arm, options.license)
+    plan = tuning.Plan(options.sources, options.pairs, options.steps, options.draft_steps, options.own_answers, options.length, options.profile,
+                       dict(options.overrides), options.arm, options.license)
     made = tuning.tune(options.model, options.out, plan)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f'next: hilda generate "your prompt" --chat --model {made}')

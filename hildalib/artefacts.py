@@ -93,6 +93,11 @@ def kept(path: Path, key: object, make: Callable[[], pd.DataFrame]) -> pd.DataFr
         text = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
         temporary.write_text(f"# {json.dumps({'key': key, 'text': text})}\n{table.to_csv(index=False)}", encoding="utf-8", newline="")
         os.replace(temporary, path)
+    return kept_table(path)
+
+
+def kept_table(path: Path) -> pd.DataFrame:
+    """What `kept` left at `path`, whatever its key."""
     text, columns = _head(path)["text"], pd.read_csv(path, skiprows=1, nrows=0)
     numbers = {name: [""] for name in columns if name not in text}  # where an empty field is a missing number
     return pd.read_csv(path, skiprows=1, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=numbers)

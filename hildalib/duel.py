@@ -1,21 +1,21 @@
 """Models beside each other on the same test prompts: `hilda compare`, for whoever has tuned or converted one and asks whether it is better.
 
-Entry points: `compare` (answers kept, differences paired by prompt), `Contest` (what is asked), `contestant` (NAME=MODEL:MODE).
+Entry points: `compare` (answers kept, differences paired by prompt), `Contest` (what is asked), `contestant` (NAME=MODEL:MODE); `beside` and `judged`, for
+answers that are there.
 """
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from hildalib import HildaError, artefacts, backbones, comparison, evaluate, tasks
+from hildalib import HildaError, artefacts, backbones, comparison, evaluate, runs, tasks
 from hildalib.decoding import EditSettings, settings_for
 
 MODES = ("own", "S", "Q", "single", "ar")  # own greedy text, drafted and verified; the presets; one token a forward; left to right
-MEASURES = {True: "nats a token", False: "score"}  # of open texts under the judge, where less is better, and of answers
+BESIDE = ("measure", "rival", "items", "ours", "theirs", "difference", "low", "high", "p", "our_tpf", "tpf", "our_tokens_per_s", "tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,38 @@ def compare(contestants: Sequence[str], contest: Contest, out: str | Path) -> pd
         raise HildaError("compare needs two or more contestants of different names, e.g. smollm2-135m-dllm:own new=my-model/model:own")
     folder.mkdir(parents=True, exist_ok=True)
     frames = {(task, label): _answers(model, mode, task, contest, folder) for label, model, mode in them for task in contest.tasks}
-    rows, scores, mine = [], [], them[0][0]
+    rows, scores = [], []
     open_tasks = {name for name in contest.tasks if hasattr(tasks.load(name), "metrics")}
     referee = backbones.load(contest.judge, dtype="float32") if open_tasks else None
     for name in contest.tasks:
         parts = {label: frames[name, label] for label, *_ in them}
-        if name in open_tasks:
-            parts = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist())) for label, part in parts.items()}
-        table = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in parts.items()])
-        scores.append(table.assign(task=name)[["task", "arm", "item", "score", "tokens", "forwards"]])
-        rates = {label: evaluate.summary(frames[name, label]).iloc[0] for label in parts}
-        found = comparison.paired(table, "score", reference=mine).rename(columns={"mean": "theirs", "arm": "rival"})
-        rows.append(found.assign(task=name, measure=MEASURES[name in open_tasks], ours=parts[mine].score.mean(), our_tpf=rates[mine].tpf,
-                                 our_tokens_per_s=rates[mine].tokens_per_s, tpf=[rates[label].tpf for label in found.rival],
-                                 tokens_per_s=[rates[label].tokens_per_s for label in found.rival]))
-    pd.concat(scores).to_csv(folder / "scores.csv", index=False)
-    result = pd.concat(rows, ignore_index=True)[["task", "measure", "rival", "items", "ours", "theirs", "difference", "low", "high", "p",
-                                                 "our_tpf", "tpf", "our_tokens_per_s", "tokens_per_s"]]
+        parts = judged(parts, referee) if name in open_tasks else parts
+        scores += [part.assign(task=name, arm=label, item=range(len(part)), score=part[_value(part)]) for label, part in parts.items()]
+        rows.append(beside(parts, them[0][0]).assign(task=name))
+    pd.concat(scores)[["task", "arm", "item", "score", "tokens", "forwards"]].to_csv(folder / "scores.csv", index=False)
+    result = pd.concat(rows, ignore_index=True)[["task", *BESIDE]]
     result.to_csv(folder / "paired.csv", index=False)
     return result
+
+
+def judged(frames: Mapping[str, pd.DataFrame], judge: tuple) -> dict[str, pd.DataFrame]:
+    """Frames of `evaluate.run` with the nats a token of each text after its prompt under `judge`, an AR model and its tokenizer."""
+    return {label: frame.assign(nats=evaluate.likelihood(*judge, frame.prompt.tolist(), frame.text.tolist())) for label, frame in frames.items()}
+
+
+def beside(frames: Mapping[str, pd.DataFrame], mine: str) -> pd.DataFrame:
+    """`mine` beside each of the other contestants of frames {name: of `evaluate.run`, or `judged`}, all on the same prompts: the columns of `compare`
+    but task."""
+    value = _value(frames[mine])
+    found = comparison.paired(pd.concat([frame.assign(arm=label, item=range(len(frame))) for label, frame in frames.items()]), value, reference=mine)
+    rates = {label: evaluate.summary(frame).iloc[0] for label, frame in frames.items()}
+    return found.rename(columns={"mean": "theirs", "arm": "rival"}).assign(
+        measure={"nats": "nats a token"}.get(value, value), ours=frames[mine][value].mean(), our_tpf=rates[mine].tpf, our_tokens_per_s=rates[mine].tokens_per_s,
+        tpf=[rates[label].tpf for label in found.arm], tokens_per_s=[rates[label].tokens_per_s for label in found.arm])[list(BESIDE)]
+
+
+def _value(frame: pd.DataFrame) -> str:
+    return "nats" if "nats" in frame else "score"
 
 
 def _answers(model: str, mode: str, task_name: str, contest: Contest, folder: Path) -> pd.DataFrame:
@@ -87,17 +100,7 @@ def _answers(model: str, mode: str, task_name: str, contest: Contest, folder: Pa
                             chat=contest.chat)
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task_name}-{limit}-{model}-{mode}")
-    return artefacts.kept(folder / f"{name[-120:]}.csv", key | {"model": _digest(source), "mode": mode, "task": task_name, "items": limit}, ask)
-
-
-def _digest(source: Path) -> str:
-    """Of the weights and records in a model's folder, and in the folder that its adapters lie on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
-        digest.update(file.read_bytes())
-    if (source / backbones.ADAPTER_RECORD).is_file() and (base := Path(backbones.base_of(source))).is_dir():
-        digest.update(_digest(base).encode())
-    return digest.hexdigest()
+    return artefacts.kept(folder / f"{name[-120:]}.csv", key | {"model": runs.digest(source), "mode": mode, "task": task_name, "items": limit}, ask)
 
 
 def _decoder(loaded, name: str, mode: str, max_new_tokens: int) -> evaluate.Decoder:

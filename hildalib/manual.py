@@ -29,6 +29,7 @@ TUNE_EXAMPLES = """examples:
   hilda tune --sources gsm_symbolic=3200 tinystories=800 --steps 600 --out sums          named corpora, so many pairs of each
   torchrun --nproc_per_node 2 -m hildalib tune --sources my-pairs.jsonl --out my-model two processes share each step
   hilda tune --model FOLDER --arm "plain conversion" --sources gsm8k --out other       a model that learns in all its weights
+  hilda tune --sources my-pairs.jsonl --steps 0 --own-answers --out faster             the same texts in mode own, faster
   hilda generate "What is 17 + 25?" --chat --mode own --model my-model/model           then
 
 The model that comes with HILDA is tuned as it was made: first its base, left to right, in adapters of its own (--steps), then the adapters

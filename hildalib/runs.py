@@ -1,7 +1,7 @@
 """The folder of a training run: whose it is, where it goes on, and when it is whole.
 
 A finished run is folder/model and, written last, folder/log.csv; folder/checkpoints exists only while it runs.
-Entry points: `fingerprint`, `claim`, `resumable`, `load_finished`, `publish`.
+Entry points: `fingerprint`, `digest`, `claim`, `resumable`, `load_finished`, `publish`.
 """
 
 import hashlib
@@ -29,6 +29,16 @@ def fingerprint(model, rows: dict[str, Tensor], recipe: Recipe) -> str:
     for tensor in (*rows.values(), *(p.detach() for p in model.parameters())):
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     return digest.hexdigest()[:32]
+
+
+def digest(source: Path) -> str:
+    """What a model is: of the weights and records in a model's folder, and in the folder that its adapters lie on."""
+    whole = hashlib.blake2b(digest_size=16)
+    for file in sorted([*source.glob("*.safetensors"), *source.glob("*.json")]):
+        whole.update(file.read_bytes())
+    if (source / backbones.ADAPTER_RECORD).is_file() and (base := Path(backbones.base_of(source))).is_dir():
+        whole.update(digest(base).encode())
+    return whole.hexdigest()
 
 
 def claim(folder: Path, fingerprint: str) -> None:

@@ -1,35 +1,43 @@
 """More tuning of a converted model on pairs of your own choice, outside the book: `hilda tune`, in as many processes as a launcher starts.
 
 Adapters over a base, as those that come with HILDA, are tuned as notebook 03 made them: first the base learns the pairs left to right, in adapters
-of its own, then the drafting adapters learn on over it. Every other model learns in all its weights. Entry points: `tune`, `pairs_of`.
+of its own, then the drafting adapters learn on over it, on the same pairs or on what the base itself answers. Every other model learns in all its
+weights. Entry points: `tune`, `pairs_of`, `own_answers`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
-from hildalib import HildaError, backbones, devices, exports, gated, pairs, params, training
+from hildalib import HildaError, artefacts, backbones, devices, evaluate, exports, gated, pairs, params, runs, training
 from hildalib.cards import TUNING
+from hildalib.decoding import ar_decode
 from hildalib.recipe import Recipe, arm
 from hildalib.stages import recipe_of
 from hildalib.wsd import BlockSchedule
 
+TOGETHER = 32  # prompts that the base answers together: 256 tokens of SmolLM2-135M each hold 0.4 GB of keys in bfloat16
 
 @dataclass
 class Plan:
     """sources: names of `hildalib.corpora` with pairs, or .jsonl files of {"prompt", "response"}, each with =N behind it or the first `pairs`.
 
-    steps: of the base or of all weights; draft_steps: of drafting adapters. length: tokens in a packed row. profile, overrides: notebook 03's
-    parameters, which give the rest. arm: of `recipe.ARMS`, the objective of a model that learns in all its weights. license: of adapters to hand out.
+    steps: of the base (0 leaves it as it is) or of all weights; draft_steps: of drafting adapters. own_answers: these learn on what the base answers
+    instead of the responses (`own_answers`). length: tokens in a packed row. profile, overrides: notebook 03's parameters, which give the rest.
+    arm: of `recipe.ARMS`, the objective of a model that learns in all its weights. license: of adapters to hand out.
     """
 
     sources: Sequence[str]
     pairs: int = 1600
     steps: int = 300
     draft_steps: int = 150
+    own_answers: bool = False
     length: int = 256
     profile: str = "smol"
     overrides: Mapping[str, object] | None = None
@@ -37,9 +45,9 @@ class Plan:
     license: str | None = None
 
 
-def pairs_of(source: str, tokenizer, limit: int, seed: int) -> list[tuple[str, str]]:
+def pairs_of(source: str, tokenizer, limit: int, seed: int, answered: bool = True) -> list[tuple[str, str]]:
     """(prompt as a user's turn, response) of a named source's train split, or of the first `limit` lines of a .jsonl file. HildaError for a line
-    that is no pair."""
+    that is no pair; where nobody will look at responses (answered=False), they may be missing."""
     if not source.endswith(".jsonl"):
         return pairs.of_source(source, tokenizer, split="train", limit=limit, seed=seed)
     if not Path(source).is_file():
@@ -48,7 +56,7 @@ def pairs_of(source: str, tokenizer, limit: int, seed: int) -> list[tuple[str, s
     with open(source, encoding="utf-8") as lines:
         for number, line in zip(range(1, limit + 1), lines):
             try:
-                prompt, response = (entry := json.loads(line))["prompt"], entry["response"]
+                prompt, response = (entry := json.loads(line))["prompt"], entry["response"] if answered else ""
             except (ValueError, KeyError, TypeError):
                 prompt = response = None
             if not isinstance(prompt, str) or not isinstance(response, str):
@@ -71,9 +79,12 @@ def tune(model: str, out: str, plan: Plan) -> Path:
         raise HildaError(f"{model} is autoregressive; convert it first (notebook 02), or give a converted model such as smollm2-135m-dllm")
     if not over and hasattr(drafter, "peft_config"):
         raise HildaError(f"{model} holds adapters on every row; merge them first: hilda export {model} --to merged")
+    if not over and (plan.own_answers or not plan.steps):
+        raise HildaError(f"{model} is no drafting adapters over a base, so it needs steps of its own, on responses; leave out --own-answers and --steps 0")
     if state.is_main_process:
         _record(model, plan, values, folder)
-    rows = _rows(plan, tokenizer, record["block_size"], values["seed"], say=state.is_main_process)
+    encoded = _encoded(plan, tokenizer, values["seed"])
+    rows = _packed(encoded, plan.length, tokenizer, record["block_size"], state.is_main_process) if plan.steps or not plan.own_answers else None
     recipe = recipe_of(values, BlockSchedule(stable=(record["block_size"], plan.draft_steps if over else plan.steps)), "sft",
                        **{key: record[key] for key in ("label_shift", "causal_context")})
     if not over:
@@ -81,14 +92,11 @@ def tune(model: str, out: str, plan: Plan) -> Path:
         training.train(drafter, tokenizer, rows, changed, folder / "every weight", title=plan.arm)
         return folder / "every weight" / "model"
     del drafter
-    twin = replace(recipe, schedule=BlockSchedule(stable=(record["block_size"], plan.steps)), lr=values["adapter_lr"])
-    base = backbones.load(backbones.base_of(source), dtype=values["weights"])[0]
-    if not hasattr(base, "peft_config"):
-        torch.manual_seed(values["seed"])  # adapters are drawn from the global stream
-        base = backbones.with_lora(base, values["twin_rank"])
-    training.train(base, tokenizer, rows, arm(twin, "AR twin"), folder / "twin", title="twin")
-    del base
-    drafter = backbones.load(source, dtype=values["weights"], base=folder / "twin" / "model")[0]
+    under = _base(source, tokenizer, rows, plan, values, folder / "twin", state)
+    if plan.own_answers:
+        encoded = own_answers(under, [prompt for prompt, _ in encoded], plan.length, values["precision"], folder, state)
+        rows = _packed(encoded, plan.length, tokenizer, record["block_size"], state.is_main_process)
+    drafter = backbones.load(source, dtype=values["weights"], base=under)[0]
     training.train(drafter, tokenizer, rows, replace(recipe, adapter_rank=gated.rank(drafter)), folder / "drafts", title="drafts")
     made = folder / "model"
     if state.is_main_process and not made.exists():
@@ -110,12 +118,62 @@ def _record(model: str, plan: Plan, values: Mapping, folder: Path) -> None:
     (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
-def _rows(plan: Plan, tokenizer, block_size: int, seed: int, say: bool) -> dict[str, torch.Tensor]:
+def _base(source: Path, tokenizer, rows: dict[str, torch.Tensor] | None, plan: Plan, values: Mapping, folder: Path, state) -> str | Path:
+    """What the drafting adapters of `source` shall lie on: their base, tuned for `plan.steps` steps; as it is, whole, where those are none."""
+    name = backbones.base_of(source)
+    base, made = backbones.load(name, dtype=values["weights"])[0], folder / "model"
+    tuned = hasattr(base, "peft_config")
+    if not plan.steps:
+        if tuned and state.is_main_process and not made.exists():
+            backbones.save(base, tokenizer, made)
+        state.wait_for_everyone()
+        return made if tuned else name
+    if not tuned:
+        torch.manual_seed(values["seed"])  # adapters are drawn from the global stream
+        base = backbones.with_lora(base, values["twin_rank"])
+    left_to_right = recipe_of(values, BlockSchedule(stable=(1, plan.steps)), "sft")
+    training.train(base, tokenizer, rows, arm(replace(left_to_right, lr=values["adapter_lr"]), "AR twin"), folder, title="twin")
+    return made
+
+
+def own_answers(model: str | Path, prompts: Sequence[list[int]], length: int, dtype: str, folder: Path, state) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, greedy answer ids) for those of `prompts` that the AR model `model` answers within `length` tokens, prompt and EOS included: what drafts
+    for it should have learned, since they count where it would have written the same (distillation on the verifier's own text; DistillSpec, arXiv 2310.08461).
+
+    The processes of `state` share the prompts; each keeps its part in `folder` (answers-*.csv), so nothing is asked twice.
+    """
+    speaker, tokenizer = backbones.load(model, dtype=dtype)
+    fitting = [prompt for prompt in prompts if len(prompt) < length]
+    mine = sorted(fitting[state.process_index::state.num_processes], key=len)  # those of a length together
+    eos = tokenizer.eos_token_id
+
+    def ask() -> pd.DataFrame:
+        found = []
+        for start in tqdm(range(0, len(mine), TOGETHER), desc="answers", unit="batch", disable=not state.is_main_process):
+            part = mine[start:start + TOGETHER]
+            ids, real = evaluate.left_pad(part, eos)
+            decoded = ar_decode(speaker, ids.to(speaker.device), attention_mask=real.to(speaker.device), max_new_tokens=length - ids.shape[1])
+            found += [(" ".join(map(str, prompt)), " ".join(map(str, row[:row.index(eos)])), tokenizer.decode(row[:row.index(eos)]))
+                      for prompt, row in zip(part, decoded.ids.tolist()) if eos in row]
+        return pd.DataFrame(found, columns=["prompt_ids", "answer_ids", "answer"])
+
+    key = {"model": runs.digest(Path(model)) if Path(model).is_dir() else str(model), "prompts": mine, "length": length, "dtype": dtype}
+    files = [folder / f"answers-{number}-of-{state.num_processes}.csv" for number in range(state.num_processes)]
+    artefacts.kept(files[state.process_index], hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest(), ask)
+    state.wait_for_everyone()
+    found = pd.concat([artefacts.kept_table(file) for file in files])
+    return [tuple([int(number) for number in text.split()] for text in both) for both in zip(found.prompt_ids, found.answer_ids)]
+
+
+def _encoded(plan: Plan, tokenizer, seed: int) -> list[tuple[list[int], list[int]]]:
     wanted = [(name, int(count)) if count.isdecimal() else (entry, plan.pairs) for entry in plan.sources for name, _, count in [entry.rpartition("=")]]
-    texts = [pair for name, count in wanted for pair in pairs_of(name, tokenizer, count, seed + 1)]
-    encoded = [tuple(tokenizer(list(pair), add_special_tokens=False)["input_ids"]) for pair in texts]
-    rows, left_out = pairs.pack_pairs(encoded, plan.length, tokenizer.eos_token_id, block_size)
+    texts = [pair for name, count in wanted for pair in pairs_of(name, tokenizer, count, seed + 1, answered=plan.steps > 0 or not plan.own_answers)]
+    return [tuple(tokenizer(list(pair), add_special_tokens=False)["input_ids"]) for pair in texts]
+
+
+def _packed(encoded: list[tuple[list[int], list[int]]], length: int, tokenizer, block_size: int, say: bool) -> dict[str, torch.Tensor]:
+    rows, left_out = pairs.pack_pairs(encoded, length, tokenizer.eos_token_id, block_size)
     if say:
         print(f"{len(encoded) - left_out:,} pairs in {len(rows['input_ids']):,} rows, {int(rows['maskable'].sum()):,} response tokens; "
-              f"{left_out} longer than {plan.length} tokens left out", flush=True)
+              f"{left_out} longer than {length} tokens left out", flush=True)
     return rows

@@ -55,7 +55,8 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, intervals, paths, tasks
+from hildalib import (artefacts, backbones, comparison, duel, evaluate, figures, intervals, paths,
+                      tasks)
 from hildalib.decoding import EditSettings
 
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -173,24 +174,13 @@ duels = []
 for task_name in against_tasks if rivals else []:
     ours = [label for label in ("dLLM own text", "dLLM Q") if label in contestants]
     found = {label: answers(task_name, label, against_items) for label in (*ours, *theirs)}
-    rates = {label: evaluate.summary(part).iloc[0] for label, part in found.items()}
-    if open_text := hasattr(tasks.load(task_name), "metrics"):
-        referee = backbones.load(judge, dtype="float32")
-        found = {label: part.assign(score=evaluate.likelihood(*referee, part.prompt.tolist(), part.text.tolist()))
-                 for label, part in found.items()}
-    scores = pd.concat([part.assign(arm=label, item=range(len(part))) for label, part in found.items()])
+    if hasattr(tasks.load(task_name), "metrics"):
+        found = duel.judged(found, backbones.load(judge, dtype="float32"))
     for mine in ours:
-        duel = comparison.paired(scores[scores.arm.isin([mine, *theirs])], "score", reference=mine)
-        duel = duel.rename(columns={"mean": "theirs"}).assign(
-            seed=seed, task=task_name, measure="nats a token" if open_text else "score", ours=mine,
-            tpf=[rates[label].tpf for label in duel.arm], our_tpf=rates[mine].tpf,
-            tokens_per_s=[rates[label].tokens_per_s for label in duel.arm],
-            our_tokens_per_s=rates[mine].tokens_per_s)
-        duels.append(duel)
+        beside = duel.beside({label: found[label] for label in (mine, *theirs)}, mine)
+        duels.append(beside.assign(seed=seed, task=task_name, arm=mine))
 if duels:
-    columns = ["seed", "task", "measure", "ours", "arm", "items", "theirs", "difference", "low", "high", "p",
-               "our_tpf", "tpf", "our_tokens_per_s", "tokens_per_s"]
-    duels = pd.concat(duels, ignore_index=True)[columns]
+    duels = pd.concat(duels, ignore_index=True)[["seed", "task", "arm", *duel.BESIDE]]
     duels.to_csv(output / "paired.csv", index=False)
     print(duels.drop(columns="seed").to_string(index=False, float_format="{:.3g}".format))
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from tiny import tiny
 
-from hildalib import HildaError, backbones, comparison, duel, evaluate, tasks
+from hildalib import HildaError, backbones, comparison, duel, evaluate, runs, tasks
 from hildalib.__main__ import main
 from hildalib.gated import gate
 
@@ -55,10 +55,10 @@ def test_answers_are_asked_again_when_what_adapters_lie_on_has_changed(tmp_path)
     model, tokenizer = backbones.nano(32, 2, 2)
     base = backbones.save(model, tokenizer, tmp_path / "base")
     adapted = gate(backbones.with_lora(backbones.load(base, dtype="float32", device="cpu")[0], 2))
-    drafts, before = backbones.save(adapted, tokenizer, tmp_path / "drafts"), duel._digest(tmp_path / "drafts")
-    assert duel._digest(drafts) == before
+    drafts, before = backbones.save(adapted, tokenizer, tmp_path / "drafts"), runs.digest(tmp_path / "drafts")
+    assert runs.digest(drafts) == before
     backbones.save(backbones.nano(32, 2, 2, seed=1)[0], tokenizer, base)
-    assert duel._digest(drafts) != before
+    assert runs.digest(drafts) != before
 
 
 def test_open_texts_are_measured_by_the_judge(folders, tmp_path, monkeypatch):

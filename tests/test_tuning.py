@@ -1,12 +1,14 @@
 """`hilda tune`: a handed-out model goes on learning in both its adapters, another one in all its weights; pairs of one's own; what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hildalib import HildaError, backbones, exports, tuning
 from hildalib.__main__ import main
+from hildalib.decoding import ar_decode, self_speculate
 from hildalib.gated import gate
 from hildalib.nano import nano
 
@@ -60,6 +62,57 @@ def test_a_handed_out_model_learns_in_both_its_adapters_and_can_be_handed_out_ag
     assert (logits(made) - logits(handed)).abs().max() > 0.1  # what reads has learned
     monkeypatch.setattr("hildalib.training.DiffusionTrainer.train", lambda *_, **__: pytest.fail("trained again"))
     assert tuning.tune(str(handed), str(tmp_path / "more"), plan) == made
+
+
+def ending(prompts, folder):
+    """A nano model in `folder` some of whose greedy texts of 36 tokens after `prompts` end: a token that is in half of them is its EOS."""
+    model, tokenizer = nano(32, 2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 4 if weight.ndim > 1 else 1  # or it would say one token for ever
+    texts = ar_decode(model, tokenizer(prompts, return_tensors="pt", add_special_tokens=False)["input_ids"], max_new_tokens=36).ids
+    common = [int((texts == token).any(1).sum()) for token in range(len(tokenizer))]
+    model.config.eos_token_id = min(range(len(common)), key=lambda token: abs(common[token] - len(prompts) / 2))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    return backbones.save(model, tokenizer, folder)
+
+
+def test_a_base_answers_the_prompts_itself_and_only_what_ends_is_learned(tmp_path, monkeypatch):
+    prompts = [f"{n}+{m}=" for n in range(5) for m in range(4)]
+    model, tokenizer = backbones.load(folder := ending(prompts, tmp_path / "base"), dtype="float32", device="cpu")
+    encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"] + [[5] * 70]
+    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
+    found = tuning.own_answers(folder, encoded, 40, "float32", tmp_path, alone)
+    expected = []
+    for prompt in encoded[:-1]:
+        ids = ar_decode(model, torch.tensor([prompt]), max_new_tokens=36).ids[0].tolist()
+        expected += [(prompt, ids[:ids.index(tokenizer.eos_token_id)])] if tokenizer.eos_token_id in ids else []
+    assert found == expected and 0 < len(found) < 20
+    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: tuning.own_answers(
+        folder, encoded, 40, "float32", tmp_path, SimpleNamespace(**{**vars(alone), "num_processes": 2})) if not (tmp_path / "answers-0-of-2.csv").exists() else None)
+    assert sorted(tuning.own_answers(folder, encoded, 40, "float32", tmp_path, second)) == sorted(found)
+    monkeypatch.setattr(tuning, "ar_decode", lambda *_, **__: pytest.fail("asked again"))
+    assert tuning.own_answers(folder, encoded, 40, "float32", tmp_path, alone) == found
+
+
+def test_drafting_adapters_can_learn_alone_on_what_their_base_answers(handed, tmp_path, monkeypatch):
+    (prompts := tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(40)))
+    twin, tokenizer = backbones.load(handed / "twin", dtype="float32", device="cpu")
+    monkeypatch.setattr(tuning, "own_answers", lambda base, *rest: answered.append(base) or [([7, 8, 9], [10, 11, 12, 13, 14])] * 9)
+    answered = []
+    plan = tuning.Plan([str(prompts)], steps=0, draft_steps=40, own_answers=True, length=64, **FEW)
+    made = tuning.tune(str(handed), str(tmp_path / "more"), plan)
+    assert torch.allclose(backbones.load(answered[0], dtype="float32", device="cpu")[0](torch.arange(6, 18)[None]).logits, twin(torch.arange(6, 18)[None]).logits, atol=1e-5)
+    assert torch.allclose(logits(made / "twin"), logits(handed / "twin"), atol=0.02)  # it stays, handed out in bfloat16 once more
+    told = json.loads((tmp_path / "more" / "tuning.json").read_text())
+    assert told["own_answers"] and told["steps"] == 0 and json.dumps(told, indent=1) in (made / "README.md").read_text()
+    model, base = (backbones.load(folder, dtype="float32", device="cpu")[0] for folder in (made, made / "twin"))
+    prompt = torch.tensor([[7, 8, 9]])
+    assert torch.equal(self_speculate(model, prompt, max_new_tokens=12).ids, ar_decode(base, prompt, max_new_tokens=12).ids)  # what is written is the base's
+    plain, _ = nano(32, 2)
+    plain.config.hilda |= {"block_size": 4}
+    with pytest.raises(HildaError, match="needs steps of its own"):
+        tuning.tune(str(backbones.save(plain, tokenizer, tmp_path / "plain")), str(tmp_path / "other"), plan)
 
 
 def test_a_base_without_adapters_of_its_own_is_given_some(handed, sums, tmp_path):
