@@ -22,7 +22,8 @@ from hildalib.recipe import Recipe, arm
 from hildalib.stages import recipe_of
 from hildalib.wsd import BlockSchedule
 
-TOGETHER = 32  # prompts that the base answers together: 256 tokens of SmolLM2-135M each hold 0.4 GB of keys in bfloat16
+TOGETHER = 32  # prompts that the base answers together: 256 tokens of SmolLM2-135M each hold 0.2 GB of keys in bfloat16
+
 
 @dataclass
 class Plan:
@@ -109,13 +110,16 @@ def tune(model: str, out: str, plan: Plan) -> Path:
 
 
 def _record(model: str, plan: Plan, values: Mapping, folder: Path) -> None:
-    """What was asked, for the card: names instead of this machine's folders, and of the parameters those that `plan` leaves to notebook 03."""
+    """What was asked, for the card, and lest a folder mix two tunings: names instead of this machine's folders, and of the parameters those that `plan` leaves to notebook 03."""
     used = {each.name for each in fields(Recipe)} | {"twin_rank", "weights"}
     told = {key: value for key, value in asdict(plan).items() if key not in ("overrides", "license")}
     told |= {"model": Path(model).name if Path(model).is_dir() else model, "sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources],
              "parameters": {key: value for key, value in values.items() if key in used}}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TUNING).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    file = folder / TUNING
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(told)):
+        raise HildaError(f"{folder} holds a tuning of another model or by other settings ({TUNING}); remove it or choose another --out")
+    file.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def _base(source: Path, tokenizer, rows: dict[str, torch.Tensor] | None, plan: Plan, values: Mapping, folder: Path, state) -> str | Path:

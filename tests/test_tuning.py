@@ -1,6 +1,7 @@
 """`hilda tune`: a handed-out model goes on learning in both its adapters, another one in all its weights; pairs of one's own; what it refuses."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,8 @@ def test_a_handed_out_model_learns_in_both_its_adapters_and_can_be_handed_out_ag
     assert (logits(made) - logits(handed)).abs().max() > 0.1  # what reads has learned
     monkeypatch.setattr("hildalib.training.DiffusionTrainer.train", lambda *_, **__: pytest.fail("trained again"))
     assert tuning.tune(str(handed), str(tmp_path / "more"), plan) == made
+    with pytest.raises(HildaError, match="by other settings"):
+        tuning.tune(str(handed), str(tmp_path / "more"), replace(plan, steps=31))
 
 
 def ending(prompts, folder):
