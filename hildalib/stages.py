@@ -137,8 +137,10 @@ def tuning(values: Mapping) -> Stage:
     if values["adapter_base"] and keeping and not rank:
         raise HildaError(f"adapter_base = {values['adapter_base']}: notebook 02 made no adapters on noisy rows; set its adapter_rank, or adapter_base to ''")
     rows = {"train": artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=len(first.get_input_embeddings().weight))}
-    recipe = recipe_of(values, BlockSchedule(stable=(values["block_size"], values["steps"])), "sft", adapter_rank=rank,
-                       **{key: record[key] for key in ("label_shift", "causal_context")})
+    kept = {key: record[key] for key in ("label_shift", "causal_context")}
+    if not keeping and not kept["causal_context"]:
+        kept["context_weight"] = 0.0  # of the dLLM, which is not among these arms
+    recipe = recipe_of(values, BlockSchedule(stable=(values["block_size"], values["steps"])), "sft", adapter_rank=rank, **kept)
     teacher = None
     if not rank and any(arm(recipe, name, rows["train"]["input_ids"].shape[1]).kl_weight for name in values["arms"]):  # adapters learn from the parent under them
         teacher = backbones.load(artefacts.model_folder(profile, "02_wsd", "AR twin", seed), dtype=values["weights"])[0]

@@ -138,6 +138,20 @@ def test_an_arm_of_every_weight_is_tuned_alone_in_a_profile_of_adapters(data):
     assert stages.tuning(values).train("plain conversion").step.max() == 2
 
 
+@pytest.mark.parametrize("name", ["AR twin", "plain conversion"])
+def test_an_arm_without_a_causal_context_is_tuned_alone_as_beside_the_dllm(data, name):
+    """`hilda train 03_sft --arm "AR twin"` where the profile's context_weight is for a dLLM with a causal context."""
+    short = {"warmup": [[2, 1]], "decay": [[8, 2]], "parent_steps": 2, "arms": ["dLLM", name]}
+    conversion = stages.conversion(params.load("02_wsd", "smoke", short))
+    for each in short["arms"]:
+        conversion.train(each)
+    artefacts.save_rows(artefacts.load_rows("smoke", "01_data", "train"), "smoke", "01_data", "sft-train")
+    alone = stages.tuning(params.load("03_sft", "smoke", {"arms": [name], "context_weight": 3.0, "steps": 2}))
+    beside = stages.tuning(params.load("03_sft", "smoke", {"arms": short["arms"], "context_weight": 3.0, "steps": 2}))
+    assert beside.recipe.context_weight == 3.0 and arm(alone.recipe, name, 64) == arm(beside.recipe, name, 64)
+    assert alone.train(name).step.max() == 2
+
+
 def test_a_twin_tuned_in_adapters_is_handed_out_with_those_that_draft_for_it(data, tmp_path, monkeypatch):
     """twin_rank: the twin starts at what the dLLM's adapters lie on; both changes together are a folder of adapters that loads beside that model's name."""
     model, tokenizer = nano(32, 2)
