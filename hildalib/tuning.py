@@ -93,7 +93,7 @@ def tune(model: str, out: str, plan: Plan) -> Path:
         training.train(drafter, tokenizer, rows, changed, folder / "every weight", title=plan.arm)
         return folder / "every weight" / "model"
     del drafter
-    under = _base(source, tokenizer, rows, plan, values, folder / "twin", state)
+    under = _base(source, tokenizer, rows, plan, values, folder / "twin")
     if plan.own_answers:
         encoded = own_answers(under, [prompt for prompt, _ in encoded], plan.length, values["precision"], folder, state)
         rows = _packed(encoded, plan.length, tokenizer, record["block_size"], state.is_main_process)
@@ -122,22 +122,18 @@ def _record(model: str, plan: Plan, values: Mapping, folder: Path) -> None:
     file.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
-def _base(source: Path, tokenizer, rows: dict[str, torch.Tensor] | None, plan: Plan, values: Mapping, folder: Path, state) -> str | Path:
-    """What the drafting adapters of `source` shall lie on: their base, tuned for `plan.steps` steps; as it is, whole, where those are none."""
+def _base(source: Path, tokenizer, rows: dict[str, torch.Tensor] | None, plan: Plan, values: Mapping, folder: Path) -> str | Path:
+    """What the drafting adapters of `source` shall lie on: their base, tuned for `plan.steps` steps, or as it is."""
     name = backbones.base_of(source)
-    base, made = backbones.load(name, dtype=values["weights"])[0], folder / "model"
-    tuned = hasattr(base, "peft_config")
     if not plan.steps:
-        if tuned and state.is_main_process and not made.exists():
-            backbones.save(base, tokenizer, made)
-        state.wait_for_everyone()
-        return made if tuned else name
-    if not tuned:
+        return name
+    base = backbones.load(name, dtype=values["weights"])[0]
+    if not hasattr(base, "peft_config"):
         torch.manual_seed(values["seed"])  # adapters are drawn from the global stream
         base = backbones.with_lora(base, values["twin_rank"])
     left_to_right = recipe_of(values, BlockSchedule(stable=(1, plan.steps)), "sft")
     training.train(base, tokenizer, rows, arm(replace(left_to_right, lr=values["adapter_lr"]), "AR twin"), folder, title="twin")
-    return made
+    return folder / "model"
 
 
 def own_answers(model: str | Path, prompts: Sequence[list[int]], length: int, dtype: str, folder: Path, state) -> list[tuple[list[int], list[int]]]:
@@ -147,6 +143,8 @@ def own_answers(model: str | Path, prompts: Sequence[list[int]], length: int, dt
     The processes of `state` share the prompts; each keeps its part in `folder` (answers-*.csv), so nothing is asked twice.
     """
     speaker, tokenizer = backbones.load(model, dtype=dtype)
+    if hasattr(speaker, "peft_config"):
+        speaker = speaker.merge_and_unload()  # as `backbones.load` does under drafting adapters; plain, it decodes in straight lines
     fitting = [prompt for prompt in prompts if len(prompt) < length]
     mine = sorted(fitting[state.process_index::state.num_processes], key=len)  # those of a length together
     eos = tokenizer.eos_token_id

@@ -100,13 +100,14 @@ def test_a_base_answers_the_prompts_itself_and_only_what_ends_is_learned(tmp_pat
 
 def test_drafting_adapters_can_learn_alone_on_what_their_base_answers(handed, tmp_path, monkeypatch):
     (prompts := tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(40)))
-    twin, tokenizer = backbones.load(handed / "twin", dtype="float32", device="cpu")
+    tokenizer = nano(32, 2)[1]
     monkeypatch.setattr(tuning, "own_answers", lambda base, *rest: answered.append(base) or [([7, 8, 9], [10, 11, 12, 13, 14])] * 9)
     answered = []
     plan = tuning.Plan([str(prompts)], steps=0, draft_steps=40, own_answers=True, length=64, **FEW)
     made = tuning.tune(str(handed), str(tmp_path / "more"), plan)
-    assert torch.allclose(backbones.load(answered[0], dtype="float32", device="cpu")[0](torch.arange(6, 18)[None]).logits, twin(torch.arange(6, 18)[None]).logits, atol=1e-5)
-    assert torch.allclose(logits(made / "twin"), logits(handed / "twin"), atol=0.02)  # it stays, handed out in bfloat16 once more
+    assert answered == [str(handed / "twin")]
+    for file in (handed / "twin").iterdir():
+        assert (made / "twin" / file.name).read_bytes() == file.read_bytes()  # it stays, to the byte
     told = json.loads((tmp_path / "more" / "tuning.json").read_text())
     assert told["own_answers"] and told["steps"] == 0 and json.dumps(told, indent=1) in (made / "README.md").read_text()
     model, base = (backbones.load(folder, dtype="float32", device="cpu")[0] for folder in (made, made / "twin"))
