@@ -110,7 +110,8 @@ def tune(model: str, out: str, plan: Plan) -> Path:
 
 
 def _record(model: str, plan: Plan, values: Mapping, folder: Path) -> None:
-    """What was asked, for the card, and lest a folder mix two tunings: names instead of this machine's folders, and of the parameters those that `plan` leaves to notebook 03."""
+    """What was asked, for the card, and lest a folder mix two tunings (HildaError where it would): names instead of this machine's folders, and of the
+    parameters those that `plan` leaves to notebook 03."""
     used = {each.name for each in fields(Recipe)} | {"twin_rank", "weights"}
     told = {key: value for key, value in asdict(plan).items() if key not in ("overrides", "license")}
     told |= {"model": Path(model).name if Path(model).is_dir() else model, "sources": [Path(name).name if ".jsonl" in name else name for name in plan.sources],
