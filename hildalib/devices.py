@@ -1,6 +1,6 @@
 """Devices: what this machine can compute with, and the numeric settings that follow.
 
-Entry points: `choose_device`, `choose_dtype`, `prepare` (called by every load), `start_peak` and `peak_memory_gb`, and `device_report`
+Entry points: `choose_device`, `processes`, `choose_dtype`, `prepare` (called by every load), `start_peak` and `peak_memory_gb`, and `device_report`
 (what `hilda doctor` prints). bfloat16 is chosen only where hardware multiplies it; a GTX 1080 (sm_61) gets float32 and plain (math) attention.
 """
 
@@ -65,6 +65,13 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is emulated and slower than fp32."""
     flags = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+def processes():
+    """accelerate's PartialState: this process among those of its launcher (alone without one), on its own device. To be asked before a model is loaded."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=choose_device().type == "cpu")  # without a GPU it must be told
 
 
 def choose_dtype(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> torch.dtype:

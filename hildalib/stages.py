@@ -157,11 +157,9 @@ def run(notebook: str, profile: str, overrides: Mapping | None = None, arms: Seq
     The run is begun as `hilda run` begins it, so the same command, in any number of processes, continues what was interrupted, and `hilda run`
     afterwards finds the arms trained. HildaError for a notebook without a training half, a wrong parameter or absent results of 01 or 02.
     """
-    from accelerate import PartialState
-
     if notebook not in STAGES:
         raise HildaError(f"{notebook} has no training that several processes could share; use {' or '.join(STAGES)}")
-    state = PartialState(cpu=devices.choose_device("auto").type == "cpu")  # chooses this process's device before a model is loaded; without a GPU it must be told
+    state = devices.processes()
     (job,) = book.plan(book.Book(), [notebook], profile, overrides)
     values = job.parameters | ({"arms": list(arms)} if arms else {})
     with book.lock(profile) if state.is_main_process else contextlib.nullcontext():

@@ -70,9 +70,7 @@ def tune(model: str, out: str, plan: Plan) -> Path:
     """Tunes a copy of `model` by `plan` and returns the folder of what came of it: `out`/model, adapters to hand out, where `model` is adapters over a base
     that others have or adapters of one; else the folder of the last training. The same call continues what was interrupted. HildaError for a
     model that is not converted, sources without pairs, or a wrong parameter."""
-    from accelerate import PartialState
-
-    state = PartialState(cpu=devices.choose_device("auto").type == "cpu")  # chooses this process's device before a model is loaded
+    state = devices.processes()
     values, source, folder = params.load("03_sft", plan.profile, plan.overrides), backbones.fetch(model), Path(out)
     drafter, tokenizer = backbones.load(source, dtype=values["weights"])
     record, over = drafter.config.hilda, (source / backbones.ADAPTER_RECORD).is_file() and drafter.config.hilda.get("gated")

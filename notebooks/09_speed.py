@@ -74,7 +74,7 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, evaluate, figures, gated, pairs, paths, roofline, tasks
+from hildalib import artefacts, backbones, comparison, devices, evaluate, figures, gated, pairs, paths, roofline, tasks, tuning
 from hildalib import formats as weight_formats
 from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings
 from hildalib.decoding import commit, revise, staleness
@@ -132,12 +132,11 @@ def started(name: str):
 
 
 def own_answers() -> dict:
-    task_prompts = [benchmark.prompt(item) for item in benchmark.items("train", limit=answered, seed=seed)]
-    prompts = evaluate.worded(benchmark, tokenizer, task_prompts, chat)
-    texts = evaluate.run(models["AR twin"], tokenizer, benchmark, evaluate.autoregressive(max_new_tokens), limit=answered,
-                         seed=seed, split="train", batch_size=batch_size, chat=chat).text.tolist()
-    encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompts, texts)]
-    return pairs.pack_pairs(zip(*encoded), rows["input_ids"].shape[1], tokenizer.eos_token_id, size)[0]
+    asked = [benchmark.prompt(item) for item in benchmark.items("train", limit=answered, seed=seed)]
+    prompts = tokenizer(evaluate.worded(benchmark, tokenizer, asked, chat), add_special_tokens=False)["input_ids"]
+    twin, length = artefacts.model_folder(profile, "03_sft", "AR twin", seed), rows["input_ids"].shape[1]
+    encoded = tuning.own_answers(twin, prompts, length, dtype, folder, devices.processes())
+    return pairs.pack_pairs(encoded, length, tokenizer.eos_token_id, size)[0]
 
 
 def seen(name: str) -> dict:
