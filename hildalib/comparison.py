@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from hildalib import HildaError
 from hildalib.intervals import mean_interval, sign_test
-from hildalib.style import FAINT, FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, styled
+from hildalib.style import FAINT, FIXED, GREY, OKABE, TWIN, colours, end_labels, need, place, shapes, styled
 
 POINTS = 25  # speeds compared between the slowest and the fastest that both arms reach
 
@@ -184,19 +184,22 @@ def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item
     """Accuracy against forwards, or another cost x: a line an arm, a dot a setting, each the mean over seeds with its interval; a panel for every `base`.
 
     Columns: base, arm, x, accuracy, low, high. Rows of base "", what the others are measured against, are in every
-    panel, grey but for the twin, S and Q; where there are no others they are in colour.
+    panel, grey but for the twin, S and Q; where there are no others they are in colour. Where a panel has more arms than colours, shapes tell them apart.
     """
     need(table, "spending", "base", "arm", x, "accuracy", "low", "high")
     bases = [base for base in dict.fromkeys(table.base) if base] or [""]
-    colour = dict.fromkeys(table.arm, GREY) | colours(table.arm[(table.base != "") | (bases == [""]) | table.arm.isin(FIXED)])
     fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 4.4), sharex=True, sharey=True, squeeze=False)
     axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table[x].min(), 1.6 * table[x].max()))
     axes[0, 0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
     ends = []
     for ax, base in zip(axes[0], bases):
-        for name, part in table[table.base.isin(["", base])].sort_values(x).groupby("arm", sort=False):
+        panel = table[table.base.isin(["", base])]
+        named = colours([*FIXED, *panel.arm[(panel.base != "") | (base == "")]])  # an arm in grey leaves S's and Q's colours to them
+        colour, shape = dict.fromkeys(panel.arm, GREY) | named, dict.fromkeys(panel.arm, "o") | shapes(named)
+        for name, part in panel.sort_values(x).groupby("arm", sort=False):
+            above = 2 + (name in named)  # S and Q may lie where a grey arm lies
             ax.vlines(part[x], part.low, part.high, color=colour[name], linewidth=1.2, alpha=0.5)
-            ax.plot(part[x], part.accuracy, "o-", color=colour[name], markersize=4)
+            ax.plot(part[x], part.accuracy, f"{shape[name]}-", color=colour[name], markersize=4, zorder=above)
             last = part.iloc[-1]
             ends.append((ax, (last[x], last.accuracy, name, {"color": colour[name], "fontsize": 8})))
         ax.set(xlabel=label, title=base)
@@ -228,13 +231,14 @@ def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
     fig, axes = plt.subplots(1, 2, figsize=(11.0, 4.8), sharey=True)
     fronts = [best(table, cost, less=number == 0) for number, cost in enumerate(costs)]
     colour = colours([TWIN, *table.arm[fronts[0] | fronts[1]]])
+    shape = shapes(colour)
     for ax, (cost, label), front in zip(axes, costs.items(), fronts):
         ax.plot(table[cost][~front], table.accuracy[~front], "o", color=FAINT, markersize=4)
         first = table[front].sort_values(cost)
         ax.plot(first[cost], first.accuracy, color=GREY, linewidth=1, drawstyle="steps-pre" if cost != next(iter(costs)) else "steps-post", zorder=1)
         for row in first.to_dict("records"):
             ax.vlines(row[cost], row["low"], row["high"], color=colour[row["arm"]], linewidth=1.2, alpha=0.5)
-            ax.plot(row[cost], row["accuracy"], "o", color=colour[row["arm"]], markersize=5)
+            ax.plot(row[cost], row["accuracy"], shape[row["arm"]], color=colour[row["arm"]], markersize=5)
         ax.set(xscale="log", xlabel=label, xlim=(0.7 * table[cost].min(), 1.6 * table[cost].max()))
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
         ax.grid(axis="y")

@@ -1,7 +1,7 @@
 """The look and the shelf of every figure: one style, one palette, one way to store picture and numbers together.
 
 Entry points: `styled` (decorator: draw under hilda.mplstyle), `save` (PNG + CSV of the numbers drawn), `read` (that CSV
-back, provenance included), `OKABE` and `colours` (names -> colours), `need` (a table has its columns, or HildaError).
+back, provenance included), `OKABE` and `colours` and `shapes` (names -> colours, markers), `need` (a table has its columns, or HildaError).
 """
 
 import functools
@@ -39,11 +39,17 @@ def styled(draw):
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """Colour of each name, in order of appearance; S, Q and the AR twin keep theirs. From eight names on, colours repeat."""
+    """Colour of each name, in order of appearance; S, Q and the AR twin keep theirs. From the seventh other name on (fewer beside S and Q) colours repeat."""
     names = list(dict.fromkeys(names))
     free = [c for c in list(OKABE.values())[:6] if c not in {FIXED[n] for n in names if n in FIXED}]
     spare = [n for n in names if n not in FIXED]
     return {**{n: FIXED[n] for n in names if n in FIXED}, **{n: free[i % len(free)] for i, n in enumerate(spare)}}
+
+
+def shapes(colour: Mapping[str, str]) -> dict[str, str]:
+    """Marker of each name in `colour`: a dot, but where names share a colour a square, a triangle and a diamond for the second, third and fourth of it."""
+    alike = {tone: [name for name, own in colour.items() if own == tone] for tone in colour.values()}
+    return {name: "os^D"[alike[tone].index(name) % 4] for name, tone in colour.items()}
 
 
 def need(table: pd.DataFrame, figure: str, *columns: str) -> pd.DataFrame:
