@@ -279,7 +279,7 @@ class Speed(Common):
     full_length: int = field(48, "positions of the texts that full sequence is trained on, one a row", low=1)
     caches: list[str] = field(["none", "dual"], "what full sequence reads from a cache: none, prefix or dual")
     cache_thresholds: list[float] = field([0.9], "tau_mask of full sequence", low=0, high=1)
-    kv: list[str] = field(["all", "int4", "zap 0.5", "random 0.5 8"], "what is kept of committed keys: all, int8, int4, or a scorer (knorm, large, zap, random), the share it keeps and the newest positions it spares")
+    kv: list[str] = field(["all", "int4", "zap 0.5", "random 0.5 8"], "what is kept of committed keys: all, offloaded (all, in a file), int8, int4, or a scorer (knorm, large, zap, random), the share it keeps and the newest positions it spares")
     zap_texts: int = field(16, "training texts that the linear KVzap is fitted on", low=1)
     formats: list[str] = field(["float32", "bfloat16"], "formats of the weights; hildalib.formats.FORMATS")
     sizes: list[int] = field([1, 4], "block sizes whose forwards are timed", low=1)

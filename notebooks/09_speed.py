@@ -355,7 +355,7 @@ if "full sequence" in arms:
 # %% [markdown]
 # ## What is kept of the committed text
 #
-# Keys and values of closed blocks are what grows with a text. They can be rounded (8 or 4 bits, per channel over the tokens of a block) or thinned: a share of the entries of each head goes when its block is closed, those with large keys (Knorm), or those of which a linear regression on the layer's input expects little (KVzap, fitted here on training texts); beside them, as controls, those with small keys and those that a draw names, and the same with the newest 8 positions spared. At these lengths nothing of it pays; what it does to the answers can be seen. Bytes are those of the committed part as packed; it is kept unpacked here, so the speed is that of the extra work alone.
+# Keys and values of closed blocks are what grows with a text. They can be offloaded (a file that the system maps, whose pages come in as they are read; beside a GPU it would be main memory), rounded (8 or 4 bits, per channel over the tokens of a block) or thinned: a share of the entries of each head goes when its block is closed, those with large keys (Knorm), or those of which a linear regression on the layer's input expects little (KVzap, fitted here on training texts); beside them, as controls, those with small keys and those that a draw names, and the same with the newest 8 positions spared. At these lengths nothing of it pays; what it does to the answers can be seen. Bytes are those of the committed part as packed; it is kept unpacked here, so the speed is that of the extra work alone.
 
 # %%
 texts_of = {split: artefacts.load_rows(profile, "01_data", f"sft-{split}", seed) for split in ("train", "validation")}
@@ -371,8 +371,8 @@ print("KVzap explains", ", ".join(f"{share:.0%}" for share in zap.r2(models["dLL
 
 
 def kept_as(words: str) -> Compression:
-    if words == "all":
-        return Compression()
+    if words in ("all", "offloaded"):
+        return Compression(offload=words == "offloaded")
     if words.startswith("int"):
         return Compression(bits=int(words[3:]))
     scorer, share, *newest = words.split()

@@ -6,7 +6,7 @@ from reference import _logits, open_block
 from tiny import FIRST, MASK, VOCABULARY, text, tiny
 
 from hildalib import HildaError, nano
-from hildalib.decoding import Compression, EditSettings, edit_decode
+from hildalib.decoding import Compression, EditSettings, compression, edit_decode
 from hildalib.decoding.compression import CompressedCache, Drawn, Zap, knorm, large, rounded, targets
 
 PROMPTS, REAL = torch.tensor([[2, 2, 5, 6, 7, 8], [9, 5, 6, 7, 8, 11]]), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -50,6 +50,41 @@ def test_only_what_is_committed_is_rounded_and_only_once():
     assert torch.equal(first[1, 4:8], rounded(held[1, 4:8][None], 4)[0]) and torch.equal(cache.values[0][1, 8:], 2 * held[1, 8:])
     cache.settle(torch.tensor([8, 8]))
     assert torch.equal(cache.keys[0][0, :4], first[0, :4]) and torch.equal(cache.keys[0][1], first[1]) and not torch.equal(cache.keys[0][0, 4:8], first[0, 4:8])
+
+
+@pytest.mark.parametrize("kv", [{}, {"bits": 4}, {"keep": 0.5}])
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_is_offloaded_is_read_as_it_was(kv, stop):
+    """Alone and with what else may happen to a committed key; rows that end apart, so that the store is taken up again for those that go on."""
+    model, _ = tiny(11, sharpen=7.0)
+    prompts = text(4, 6, seed=3)[0]
+    settings = SETTINGS | {"stop_at_eos": stop, "max_new_tokens": 24}
+    there, away = (edit_decode(model, prompts, EditSettings(**settings, kv=Compression(**kv, offload=offload))) for offload in (False, True))
+    assert len(there.forwards.unique()) > 1 or not stop or kv
+    assert torch.equal(there.ids, away.ids) and torch.equal(there.forwards, away.forwards) and torch.equal(there.kv_bytes, away.kv_bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_keys_are_in_a_file(monkeypatch, tmp_path, dtype):
+    files = []
+
+    def kept():
+        files.append(tmp_path / str(len(files)))
+        return open(files[-1], "w+b")
+
+    monkeypatch.setattr(compression.tempfile, "TemporaryFile", kept)
+    cache = CompressedCache(8, Compression(offload=True), 4)
+    keys = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    read = cache.at(torch.arange(6).expand(2, -1)).write(cache.index, keys, 2 * keys, 0)
+    assert torch.equal(read[0].transpose(1, 2).reshape(12, 2, 3), keys) and torch.equal(read[1], 2 * read[0])
+    cache.keep_rows(torch.tensor([1]))
+    assert len(files) == 4
+    for file, held in zip(files[2:], (cache.keys[0], cache.values[0])):
+        there = torch.frombuffer(bytearray(file.read_bytes()), dtype=dtype).view(1, 8, 2, 3)
+        assert torch.equal(there, held) and there[0, :6].any()
+    cache.only = torch.tensor([0])
+    cache.at(torch.tensor([[6]])).write(cache.index, keys[:1], keys[1:2], 0)
+    assert torch.equal(cache.keys[0][0, 6], keys[0]) and cache.only.tolist() == [0]
 
 
 @pytest.mark.parametrize("keep, window", [(0.0, 0), (0.5, 0), (0.4, 3), (1.0, 0)])

@@ -1,13 +1,16 @@
-"""A cache whose committed part is rounded or thinned once it is committed; open blocks are never touched.
+"""A cache whose committed part is rounded or thinned once it is committed (open blocks are never touched), or that lies where memory is plentiful.
 
 A block is compressed after the forward that committed it, never in its denoising forwards, whose keys are of noisy tokens. What counts as memory are the
 bytes that the committed part takes in this form; here it is kept unpacked, so its speed is not that of a kernel that reads it packed.
 Entry points: `Compression` (a field of `EditSettings`), `CompressedCache`, the scorers `knorm`, `Zap` (`Zap.fit`: a linear KVzap), and their controls `large`, `Drawn`.
 """
 
+import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,12 +44,14 @@ class Drawn:
 @dataclass(frozen=True)
 class Compression:
     """bits: 8 or 4, keys and values rounded per channel over the tokens of a block, between their least and their largest (float16); None: not. keep: share
-    of the committed entries of each layer and head that stay; scorer: who goes; window: newest committed positions that always stay."""
+    of the committed entries of each layer and head that stay; scorer: who goes; window: newest committed positions that always stay. offload: keys and values
+    lie in main memory while a GPU computes, in a file while a CPU does, and come in layer by layer as they are read; the tokens are the same."""
 
     bits: int | None = None
     keep: float = 1.0
     scorer: Scorer = knorm
     window: int = 0
+    offload: bool = False
 
     def __post_init__(self):
         if self.bits not in (None, 4, 8):
@@ -64,15 +69,35 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return (low + step * ((x.float() - low) / step).round().clamp(0, 2**bits - 1)).to(x.dtype)
 
 
+def in_file(x: Tensor) -> Tensor:
+    """x on the CPU, in a file that goes when nothing reads it any more: its pages can be taken for something else and come back when they are read."""
+    with tempfile.TemporaryFile() as file:  # the mapping outlives its handle
+        held = np.memmap(file, np.uint8, "w+", shape=(math.prod(x.shape) * x.element_size(),))
+    return torch.from_numpy(held).view(x.dtype).view(x.shape).copy_(x)
+
+
 class CompressedCache(BlockCache):
     """A `BlockCache` that is told which slots are committed (`settle`); `size`: slots of a block."""
 
     def __init__(self, slots: int, choice: Compression, size: int):
         super().__init__(-(-slots // size) * size)
-        self.choice, self.size = choice, size
+        self.choice, self.size, self.filed = choice, size, False
         self.scores: dict[int, Tensor] = {}  # (B, slots, heads) of a layer
         self.gone: dict[int, Tensor] = {}  # (B, slots, heads) bool, True = evicted
         self.settled: Tensor | None = None  # (B,) slots that are compressed already
+
+    def write(self, index: Tensor, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """As `BlockCache.write`; what is offloaded comes back to where keys are."""
+        if not self.choice.offload:
+            return super().write(index, keys, values, layer)
+        device, rows = keys.device, self.only
+        self.filed, self.only = device.type == "cpu", rows if rows is None else rows.cpu()
+        read = super().write(index.cpu(), keys.cpu(), values.cpu(), layer)
+        self.only = rows
+        return tuple(part.to(device) for part in read)
+
+    def _hold(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        super()._hold(layer, *((in_file(keys), in_file(values)) if self.filed else (keys, values)))
 
     def note(self, index: Tensor, hidden: Tensor, keys: Tensor, layer: int) -> None:
         """Scores what is about to be written."""
@@ -110,7 +135,8 @@ class CompressedCache(BlockCache):
         for store in (self.keys, self.values):
             for held in store.values():
                 blocks = held.view(len(held), -1, self.size, *held.shape[2:])
-                blocks[fresh] = rounded(blocks[fresh], self.choice.bits)
+                here = fresh.to(held.device)
+                blocks[here] = rounded(blocks[here], self.choice.bits)
 
     def _evict(self, start: Tensor) -> None:
         if self.choice.keep == 1:
@@ -135,7 +161,7 @@ class CompressedCache(BlockCache):
         return total.long()
 
     def keep_rows(self, rows: Tensor) -> None:
-        super().keep_rows(rows)
+        super().keep_rows(rows.cpu() if self.choice.offload else rows)
         self.scores, self.gone = ({layer: held[rows] for layer, held in store.items()} for store in (self.scores, self.gone))
         if self.settled is not None:
             self.settled, self.held = self.settled[rows], self.held[rows]
