@@ -188,7 +188,7 @@ def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item
     """
     need(table, "spending", "base", "arm", x, "accuracy", "low", "high")
     bases = [base for base in dict.fromkeys(table.base) if base] or [""]
-    fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 4.4), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(bases), figsize=(1.0 + 4.4 * len(bases), 5.0), sharex=True, sharey=True, squeeze=False)
     axes[0, 0].set(xscale="log", ylabel="accuracy", xlim=(0.8 * table[x].min(), 1.6 * table[x].max()))
     axes[0, 0].xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
     ends = []
@@ -199,23 +199,23 @@ def spending(table: pd.DataFrame, x: str = "nfe", label: str = "forwards an item
         for name, part in panel.sort_values(x).groupby("arm", sort=False):
             above = 2 + (name in named)  # S and Q may lie where a grey arm lies
             ax.vlines(part[x], part.low, part.high, color=colour[name], linewidth=1.2, alpha=0.5)
-            ax.plot(part[x], part.accuracy, f"{shape[name]}-", color=colour[name], markersize=4, zorder=above)
+            ax.plot(part[x], part.accuracy, f"{shape[name]}-", color=colour[name], markersize=4, zorder=above, label=name)
             last = part.iloc[-1]
             ends.append((ax, (last[x], last.accuracy, name, {"color": colour[name], "fontsize": 8})))
         ax.set(xlabel=label, title=base)
         ax.grid(axis="y")
     for ax in axes[0]:
-        place(ax, [end for where, end in ends if where is ax])
+        _named(ax, [end for where, end in ends if where is ax])
     return fig
 
 
 def best(table: pd.DataFrame, cost: str, *, less: bool) -> pd.Series:
-    """(n,) bool: no row of `table` has a higher accuracy for no more of `cost` (`less`: a small cost is good, else a large one)."""
+    """(n,) bool: no row of `table` has a higher accuracy for no more of `cost` (`less`: a small cost is good, else a large one). False without a cost."""
     price = table[cost].to_numpy() * (1 if less else -1)
     accuracy = table.accuracy.to_numpy()
     better = (accuracy[None] >= accuracy[:, None]) & (price[None] <= price[:, None])
     better &= (accuracy[None] > accuracy[:, None]) | (price[None] < price[:, None])
-    return pd.Series(~better.any(1), index=table.index)
+    return pd.Series(~better.any(1) & np.isfinite(price), index=table.index)
 
 
 @styled
@@ -238,15 +238,23 @@ def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
         ax.plot(first[cost], first.accuracy, color=GREY, linewidth=1, drawstyle="steps-pre" if cost != next(iter(costs)) else "steps-post", zorder=1)
         for row in first.to_dict("records"):
             ax.vlines(row[cost], row["low"], row["high"], color=colour[row["arm"]], linewidth=1.2, alpha=0.5)
-            ax.plot(row[cost], row["accuracy"], shape[row["arm"]], color=colour[row["arm"]], markersize=5)
+            ax.plot(row[cost], row["accuracy"], shape[row["arm"]], color=colour[row["arm"]], markersize=5, linestyle="none", label=row["arm"])
         ax.set(xscale="log", xlabel=label, xlim=(0.7 * table[cost].min(), 1.6 * table[cost].max()))
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())
         ax.grid(axis="y")
     axes[0].set_ylabel("accuracy")
     for ax, cost, front in zip(axes, costs, fronts):
         once = table[front].sort_values("accuracy", ascending=False).drop_duplicates("arm")
-        place(ax, [(row[cost], row["accuracy"], row["arm"], {"color": colour[row["arm"]], "fontsize": 8}) for row in once.to_dict("records")])
+        _named(ax, [(row[cost], row["accuracy"], row["arm"], {"color": colour[row["arm"]], "fontsize": 8}) for row in once.to_dict("records")])
     return fig
+
+
+def _named(ax, points: list[tuple]) -> None:
+    """Writes a label beside each of `points` (as for `place`); what finds no room there and is not grey stands in a legend."""
+    left = {point[2] for point in points} - {*place(ax, points)}
+    lines = {line.get_label(): line for line in ax.lines if line.get_label() in left and line.get_color() != GREY}
+    if lines:
+        ax.legend(lines.values(), lines, loc="lower right", fontsize=7.5)
 
 
 SIDES = {"higher": 1, "lower": -1}  # sign of a good difference

@@ -143,6 +143,8 @@ def test_the_front_is_what_nothing_beats_in_both():
                          columns=["arm", "nfe", "accuracy", "speed"]).assign(low=0.1, high=0.95)
     assert comparison.best(table, "nfe", less=True).tolist() == [True, False, True, False, True]
     assert comparison.best(table, "speed", less=False).tolist() == [False, True, True, True, True]
+    unknown = table.assign(speed=[4.0, 5.0, float("nan"), 2.0, float("nan")])
+    assert comparison.best(unknown, "speed", less=False).tolist() == [False, True, False, True, False]
     figure = comparison.pareto(table, {"nfe": "forwards", "speed": "speed"})
     assert len(figure.axes) == 2 and {text.get_text() for text in figure.axes[0].texts} == {"a", "c"}
     with pytest.raises(HildaError, match="'pareto' needs column"):
@@ -174,5 +176,11 @@ def test_spending_has_a_panel_for_every_base_and_what_is_compared_with_in_each()
     assert [len(ax.lines) for ax in (first, second)] == [4, 3]
     drawn = {tuple(line.get_xdata()): line.get_color() for line in first.lines}
     assert drawn[3, 4] == GREY and drawn[16,] == OKABE["black"] and len({*drawn.values()}) == 4  # a line goes from few forwards to many
+    crowd = pd.DataFrame([("", "AR twin", 16, 0.9), *(("drafts", f"arm {i}", 4, 0.6) for i in range(13))], columns=points.columns[:4]).assign(low=0.5, high=0.7)
+    (ax,) = comparison.spending(crowd).axes
+    beside, below = ([text.get_text() for text in part] for part in (ax.texts, ax.get_legend().get_texts()))
+    assert sorted(beside + below) == sorted(crowd.arm) and len(below) > 3  # who finds no room stands in the legend
+    looks = [(line.get_color(), line.get_marker()) for line in ax.lines]
+    assert len({*looks}) == 14
     with pytest.raises(HildaError, match="'spending' needs column.s. base"):
         comparison.spending(points.drop(columns="base"))
