@@ -93,7 +93,7 @@ def forwards(table: pd.DataFrame) -> Figure:
     ends = _steps(ax, drawn, colours(drawn.arm), "nfe", -1)
     if len(twin):
         ax.axhline(twin.accuracy.mean(), color="black", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-        ends.append((twin.accuracy.mean(), f"{TWIN}, {twin.nfe.mean():.1f}", "black"))
+        ends.append((twin.accuracy.mean(), f"{TWIN}, {twin.nfe.mean():.1f} forwards", "black"))
     ax.set(xlabel="forwards an answer (at most)", ylabel="accuracy")
     end_labels(ax, ends)
     return fig
@@ -283,8 +283,8 @@ def verdicts(table: pd.DataFrame, *, reference: str) -> Figure:
             if abs(row.difference) > edge:
                 side = np.sign(row.difference)
                 ax.plot(side * edge, y, ">" if side > 0 else "<", color=colour, markersize=6, clip_on=False)
-                ax.annotate(f"{row.difference:+.2g}", (side * edge, y), xytext=(-2 * side, 4), textcoords="offset points", fontsize=7, color=colour,
-                            va="bottom", ha="right" if side > 0 else "left")
+                number = format(row.difference, "+.2g" if abs(row.difference) < 100 else "+.0f")
+                ax.annotate(number, (side * edge, y), xytext=(-2 * side, 4), textcoords="offset points", fontsize=7, color=colour, va="bottom", ha="right" if side > 0 else "left")
             else:
                 ax.plot(row.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if good or bad else "white")
         ax.set_xlim(-edge, edge)

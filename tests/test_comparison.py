@@ -97,7 +97,7 @@ def test_accuracy_against_forwards_counts_every_cheaper_setting_and_the_twin_is_
     found = {x: best[np.argmin(abs(spent - x))] for x in (2.5, 3.5, 4.0)}
     assert found == pytest.approx({2.5: (0.5 + 0.8) / 2, 3.5: (0.5 + 0.8) / 2, 4.0: (0.9 + 0.8) / 2})
     line = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert [*line.get_ydata()] == pytest.approx([0.95, 0.95]) and "AR twin, 15.5" in {text.get_text() for text in axes.texts}
+    assert [*line.get_ydata()] == pytest.approx([0.95, 0.95]) and "AR twin, 15.5 forwards" in {text.get_text() for text in axes.texts}
     matplotlib.pyplot.close(figure)
 
 
