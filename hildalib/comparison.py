@@ -220,9 +220,10 @@ def best(table: pd.DataFrame, cost: str, *, less: bool) -> pd.Series:
 
 @styled
 def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
-    """Accuracy of every arm and setting against each of two costs, a panel each: what nothing beats in both is named, with its interval; the rest is grey.
+    """Accuracy of every arm and setting against each of two costs, a panel each: what nothing beats in both is named, with its intervals; the rest is grey.
 
-    Columns: arm, accuracy, low, high, and the costs, a column and its label each; the first is better where it is small, the second where it is large.
+    Columns: arm, accuracy, low, high, and the costs, a column and its label each (with their intervals in <cost>_low and <cost>_high, where there are any);
+    the first is better where it is small, the second where it is large.
     Raises HildaError where a cost has no number at all.
     """
     need(table, "pareto", "arm", "accuracy", "low", "high", *costs)
@@ -238,6 +239,8 @@ def pareto(table: pd.DataFrame, costs: dict[str, str]) -> Figure:
         ax.plot(first[cost], first.accuracy, color=GREY, linewidth=1, drawstyle="steps-pre" if cost != next(iter(costs)) else "steps-post", zorder=1)
         for row in first.to_dict("records"):
             ax.vlines(row[cost], row["low"], row["high"], color=colour[row["arm"]], linewidth=1.2, alpha=0.5)
+            if f"{cost}_low" in row:
+                ax.hlines(row["accuracy"], row[f"{cost}_low"], row[f"{cost}_high"], color=colour[row["arm"]], linewidth=1.2, alpha=0.5)
             ax.plot(row[cost], row["accuracy"], shape[row["arm"]], color=colour[row["arm"]], markersize=5, linestyle="none", label=row["arm"])
         ax.set(xscale="log", xlabel=label, xlim=(0.7 * table[cost].min(), 1.6 * table[cost].max()))
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=ScalarFormatter(), minor_locator=NullLocator())

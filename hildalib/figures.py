@@ -220,11 +220,12 @@ def benchmarks(table: pd.DataFrame, *, score: str = "accuracy") -> Figure:
 
 
 @styled
-def ablation(table: pd.DataFrame, value: str, group: str, *, better: str | None = None) -> Figure:
+def ablation(table: pd.DataFrame, value: str, group: str, *, better: str | None = None, within: tuple = (-np.inf, np.inf)) -> Figure:
     """Which arm is better: a dot per seed, mean and t-interval per arm, and the paired difference to the first arm.
 
     Columns: `value`, `group`, optional seed; dots of one seed are joined by a hairline. better: "higher" or "lower", written
     on the axis. The difference is taken seed by seed where both arms have it; below three seeds the title says so.
+    within: the least and the most that `value` can be, (0, 1) for a share; intervals end there.
     """
     need(table, "ablation", value, group)
     arrows = {"higher": "  (higher is better →)", "lower": "  (← lower is better)", None: ""}
@@ -239,14 +240,15 @@ def ablation(table: pd.DataFrame, value: str, group: str, *, better: str | None 
     fewest = min(table.groupby(group)[value].count())
     for y, name in enumerate(names):
         values = table.loc[table[group] == name, value].dropna()
-        mean, low, high = mean_interval(values)
+        mean, *ends = mean_interval(values)
+        low, high = np.clip(ends, *within)
         ax.plot(values, [y] * len(values), "o", color=colour[str(name)], alpha=0.45, markersize=4, zorder=2)
         _bars(ax, None, y, low, high, colour[str(name)], along="x", linewidth=2.2, zorder=3)
         ax.plot(mean, y, "D", color=colour[str(name)], markersize=6.5, markeredgecolor="white", zorder=4)
-        note = f"{mean:.4g}"
+        note = f"{mean:#.4g}"
         if seeds is not None and y:
             pairs = (seeds[name] - seeds[names[0]]).dropna()
-            note += "   {:+.3g} [{:+.3g}, {:+.3g}]".format(*mean_interval(pairs)) if len(pairs) > 1 else "   too few pairs"
+            note += "   {:+#.3g} [{:+#.3g}, {:+#.3g}]".format(*mean_interval(pairs)) if len(pairs) > 1 else "   too few pairs"
         ax.annotate(note, (1, y), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points", va="center",
                     fontsize=8, color="#333333", annotation_clip=False)
     head = "mean" + (f"   paired difference to {names[0]} [95 %]" if seeds is not None and len(names) > 1 else "")

@@ -198,7 +198,7 @@ judges = judges.assign(judge=judges.judge.where(judges.arm == "search", "first g
 alone = everything[(everything.arm == "one draft") & (everything.judge == f"tau {draft}")]
 alone = alone.assign(judge="one draft")
 judges = pd.concat([alone, judges], ignore_index=True)
-figures.save(figures.ablation(judges, "accuracy", "judge", better="higher"), "08_judges", judges,
+figures.save(figures.ablation(judges, "accuracy", "judge", better="higher", within=(0, 1)), "08_judges", judges,
              profile=profile, seed=seed, provenance=origin | {"candidates": width[0] * width[1]})
 plt.show()
 

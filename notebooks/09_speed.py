@@ -74,10 +74,11 @@ import pandas as pd
 import torch
 import transformers
 
-from hildalib import artefacts, backbones, comparison, devices, evaluate, figures, gated, pairs, paths, roofline, tasks, tuning
+from hildalib import artefacts, backbones, comparison, devices, evaluate, figures, gated, pairs
 from hildalib import formats as weight_formats
-from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings, RoutedSettings, SearchSettings
-from hildalib.decoding import commit, revise, staleness
+from hildalib import paths, roofline, tasks, tuning
+from hildalib.decoding import Compression, EditSettings, PipelineSettings, RefreshedSettings
+from hildalib.decoding import RoutedSettings, SearchSettings, commit, revise, staleness
 from hildalib.decoding.compression import Drawn, Zap, knorm, large
 from hildalib.recipe import Recipe, arm
 from hildalib.residual import Residual, Smoothing
@@ -89,7 +90,8 @@ NOTEBOOK = "09_speed"
 output, folder = paths.output_dir(profile, NOTEBOOK, seed), paths.checkpoint_dir(profile, NOTEBOOK, seed)
 models, benchmark = {}, tasks.load(task)
 for name in ("dLLM", "AR twin"):
-    models[name], tokenizer = backbones.load(artefacts.model_folder(profile, "03_sft", name, seed), dtype=dtype, device="cpu")
+    tuned = artefacts.model_folder(profile, "03_sft", name, seed)
+    models[name], tokenizer = backbones.load(tuned, dtype=dtype, device="cpu")
 size, vocabulary = models["dLLM"].config.hilda["block_size"], len(models["AR twin"].get_input_embeddings().weight)
 
 # %% [markdown]
@@ -107,9 +109,10 @@ size, vocabulary = models["dLLM"].config.hilda["block_size"], len(models["AR twi
 # %%
 rows = artefacts.load_rows(profile, "01_data", "sft-train", seed, vocab_size=vocabulary)
 kept = {key: models["dLLM"].config.hilda[key] for key in ("label_shift", "causal_context")}
-recipe = Recipe(schedule=BlockSchedule(stable=(size, steps)), batch_size=train_rows, lr=lr, suffix_share=suffix_share,
-                full_share=full_share, context_weight=context_weight, draft_share=0.5, edit_rate=0.02, keep_weight=0.1,
-                adapter_rank=gated.rank(models["dLLM"]), adapter_lr=adapter_lr, precision=dtype, save_every=save_every,
+recipe = Recipe(schedule=BlockSchedule(stable=(size, steps)), batch_size=train_rows, lr=lr,
+                suffix_share=suffix_share, full_share=full_share, context_weight=context_weight,
+                draft_share=0.5, edit_rate=0.02, keep_weight=0.1, precision=dtype, save_every=save_every,
+                adapter_rank=gated.rank(models["dLLM"]), adapter_lr=adapter_lr,
                 stage="speed", seed=seed, **kept)
 recipe = replace(recipe, context_weight=0.0) if recipe.adapter_rank else recipe
 ways = {"gated": ("AR twin", replace(arm(recipe, "no T2T"), adapter_rank=rank, context_weight=0.0,
@@ -124,7 +127,8 @@ ways = {"gated": ("AR twin", replace(arm(recipe, "no T2T"), adapter_rank=rank, c
 
 
 def started(name: str):
-    model = backbones.load(artefacts.model_folder(profile, "03_sft", ways[name][0], seed), dtype="float32", device="cpu")[0]
+    tuned = artefacts.model_folder(profile, "03_sft", ways[name][0], seed)
+    model = backbones.load(tuned, dtype="float32", device="cpu")[0]
     if name == "gated":
         torch.manual_seed(seed)  # LoRA draws its start from the global stream
         return gated.draft_as(gated.gate(backbones.with_lora(model, rank)), models["dLLM"])
@@ -169,7 +173,8 @@ chosen = {name: replace(plain, tau_mask=preset["tau_mask"], tau_edit=preset["tau
           for name, preset in sorted(presets["presets"].items())}
 one_by_one = evaluate.autoregressive(max_new_tokens)
 contestants = {"AR twin": ("AR twin", one_by_one),
-               "AR twin, generate": ("AR twin", evaluate.generating(max_new_tokens)), "dLLM, block size 1": ("dLLM", one_by_one),
+               "AR twin, generate": ("AR twin", evaluate.generating(max_new_tokens)),
+               "dLLM, block size 1": ("dLLM", one_by_one),
                **{f"dLLM {name}": ("dLLM", evaluate.diffusion(settings)) for name, settings in chosen.items()},
                "dLLM, own AR text": ("dLLM", evaluate.speculative(max_new_tokens))}
 if "gated" in arms:
@@ -192,8 +197,9 @@ runs = pd.concat(runs).reset_index()
 sums = runs.pivot_table(["tokens", "cpu_seconds"], "round", "arm", aggfunc="sum")
 rate = sums.tokens / sums.cpu_seconds
 speed, of_generate = (rate.div(rate[name], axis=0) for name in ("AR twin", "AR twin, generate"))
-alone = pd.concat([evaluate.summary(part.groupby("item").mean(numeric_only=True)).assign(arm=name, speed=speed[name].median(), slowest=speed[name].min(),
-                                                 fastest=speed[name].max(), of_generate=of_generate[name].median(), seed=seed)
+alone = pd.concat([evaluate.summary(part.groupby("item").mean(numeric_only=True)).assign(
+    arm=name, speed=speed[name].median(), slowest=speed[name].min(), fastest=speed[name].max(),
+    of_generate=of_generate[name].median(), seed=seed)
                    for name, part in runs.groupby("arm", sort=False)], ignore_index=True)
 alone.to_csv(output / "speed.csv", index=False)
 columns = ["arm", "accuracy", "tpf", "positions_fed", "tokens_per_s", "speed", "slowest", "fastest", "of_generate"]
@@ -226,7 +232,8 @@ def rule_of(words: str) -> EditSettings:
 
 careless = replace(plain, tau_mask=draft, tau_edit=1.0)
 plan = [("", name, model, decoder) for name, (model, decoder) in contestants.items()]
-plan += [("", "threshold", "dLLM", evaluate.diffusion(replace(plain, tau_mask=tau, tau_edit=1.0))) for tau in thresholds]
+plan += [("", "threshold", "dLLM", evaluate.diffusion(replace(plain, tau_mask=tau, tau_edit=1.0)))
+         for tau in thresholds]
 plan += [("who is revised" if "+" in words else "who is written", words, "dLLM",
           evaluate.diffusion(rule_of(words), seed)) for words in decoders]
 if search:
@@ -234,9 +241,11 @@ if search:
     published = SearchSettings(**width, scorer="remasked", prune="first", greedy_child=False)
     samples = SearchSettings(beams=1, children=search[0] * search[1], scorer="causal", prune="end")
     two = replace(careless, commit=commit.Quota(2))
-    plan += [("several drafts", name, "dLLM", evaluate.searching(settings, choices, seed)) for name, settings, choices in (
-        ("search, as published", two, published), ("search, causal copy", careless, SearchSettings(**width, scorer="causal")),
-        ("best sample, causal copy", careless, samples))]
+    plan += [("several drafts", name, "dLLM", evaluate.searching(settings, choices, seed))
+             for name, settings, choices in (
+                 ("search, as published", two, published),
+                 ("search, causal copy", careless, SearchSettings(**width, scorer="causal")),
+                 ("best sample, causal copy", careless, samples))]
 plan += [("what a mask carries", name, "dLLM", evaluate.diffusion(replace(chosen["Q"], residual=carried)))
          for name, carried in (("smoothing", Smoothing()), ("residual, untrained", Residual(top_k=32)))]
 for tau in thresholds if routes else []:
@@ -264,33 +273,54 @@ def pace(frame: pd.DataFrame) -> float:
     return frame.tokens.sum() / frame.cpu_seconds.sum()
 
 
+def beside_twin(model: str, decoder) -> tuple[pd.DataFrame, float]:
+    """One pass over the prompts, and its pace as a multiple of the twin's just before and just after.
+
+    A pass of nano takes half a second and swings by a fifth: a short one is run three times, for the median.
+    """
+    ratios, spent = [], 0.0
+    while len(ratios) < 3 and spent < 1.5:
+        frame = answers(model, decoder)
+        paces.append(pace(answers("AR twin", one_by_one)))
+        ratios.append(2 * pace(frame) / sum(paces[-2:]))
+        spent += frame.cpu_seconds.sum()
+    return frame, float(pd.Series(ratios).median())
+
+
 table, texts, paces = [], {}, [pace(answers("AR twin", one_by_one))]
 for base, name, model, decoder in plan:
-    frame = answers(model, decoder)
+    frame, multiple = beside_twin(model, decoder)
     texts.setdefault(name, frame.text.tolist())
-    paces.append(pace(answers("AR twin", one_by_one)))
-    table.append(evaluate.summary(frame).assign(base=base, arm=name, seed=seed, speed=2 * pace(frame) / sum(paces[-2:])))
-    print(f"{base or 'beside all':24} {name:20}",
+    table.append(evaluate.summary(frame).assign(base=base, arm=name, seed=seed, speed=multiple))
+    print(f"{base or 'beside all':24} {name:26}",
           "accuracy {accuracy:.3f}  NFE {nfe:5.1f}  TPF {tpf:.2f}".format(**table[-1].iloc[0]))
 table = pd.concat(table, ignore_index=True)
 table.to_csv(output / "decoders.csv", index=False)
 
 # %%
-found = artefacts.seeds_done(profile, NOTEBOOK, "decoders.csv").items()
-tables = {number: pd.read_csv(path, keep_default_na=False, na_values=["nan"]) for number, path in found}
+def of_seeds(file: str, notebook: str = NOTEBOOK) -> dict[int, pd.DataFrame]:
+    return {number: pd.read_csv(path, keep_default_na=False, na_values=["nan"]).assign(seed=number)
+            for number, path in artefacts.seeds_done(profile, notebook, file).items()}
+
+
+def averaged(tables: dict[int, pd.DataFrame], keys: list[str], values: list[str]) -> pd.DataFrame:
+    """Means and t-intervals over three seeds or more; with fewer this seed's rows, with their interval over items."""
+    if len(tables) < 3:
+        return tables[seed]
+    means = evaluate.across_seeds(tables, keys, values, shares=("accuracy",))
+    return means.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+
+
 tables = {number: part.assign(setting=part.groupby(["base", "arm"]).cumcount())
-          for number, part in tables.items()}
-page = table
-if len(tables) > 2:
-    values = ["accuracy", "nfe", "tpf", "tokens_per_s"]
-    page = evaluate.across_seeds(tables, ["base", "arm", "setting"], values, shares=("accuracy",))
-    page = page.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+          for number, part in of_seeds("decoders.csv").items()}
+page = averaged(tables, ["base", "arm", "setting"], ["accuracy", "nfe", "tpf", "tokens_per_s"])
 origin = {"profile": profile, "seeds": ", ".join(map(str, tables)), "items": items}
 over_seeds = {"interval": "95 % t, over seeds"}
-of_page = origin | (over_seeds if len(tables) > 2 else {"seeds": seed, "interval": "95 % Wilson, over items"})
+over_items = {"seeds": seed, "interval": "95 % Wilson, over items"}
+of_page = origin | (over_seeds if len(tables) > 2 else over_items)
 page = page[~page.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
-own = {"09_judged": "judged by block size 1", "09_caches": "reads in both directions", "09_searched": "several drafts",
-       "09_carried": "what a mask carries"}
+own = {"09_judged": "judged by block size 1", "09_caches": "reads in both directions",
+       "09_searched": "several drafts", "09_carried": "what a mask carries"}
 parts = {"09_decoders": page[~page.base.isin(own.values())]}
 parts |= {name: page[page.base.isin(["", base])] for name, base in own.items() if base in set(page.base)}
 for name, part in parts.items():
@@ -298,31 +328,30 @@ for name, part in parts.items():
     plt.show()
 
 # %% [markdown]
-# All of them at once, the trained residual of notebook 07 included: accuracy against forwards, and against speed (tokens a CPU-second in these batches, as a multiple of the straight twin's just before and just after on the same prompts). Named are those that nothing beats in both.
+# All of them at once, the trained residual of notebook 07 included: accuracy against forwards, and against speed (tokens a CPU-second in these batches, as a multiple of the straight twin's just before and just after on the same prompts). Named are those that nothing beats in both, with their intervals.
 
 # %%
-every = pd.concat([part.assign(seed=number) for number, part in tables.items()])
-found = artefacts.seeds_done(profile, "07_residual", "benchmarks.csv").items()
-trained = [pd.read_csv(path).assign(seed=number, base="what a mask carries") for number, path in found if number in tables]
-trained = pd.concat([part[(part["items"] == items) & part.arm.isin(["residual", "no residual"])] for part in trained or [table[:0]]])
-every = pd.concat([every, trained.replace({"arm": {"residual": "RCD, trained", "no residual": "RCD's control"}})])
-every["setting"] = every.groupby(["seed", "base", "arm"]).cumcount()
-values = ["accuracy", "nfe", "speed", "tpf"]
-split = {number: part for number, part in every.groupby("seed") if len(tables) > 2 or number == seed}
-front = evaluate.across_seeds(split, ["base", "arm", "setting"], values, shares=("accuracy",))
-if len(split) == 1:
-    front[["accuracy_low", "accuracy_high"]] = split[seed][["low", "high"]].to_numpy()
-front = front.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
-figures.save(comparison.pareto(front, {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}), "09_pareto", front,
-             profile=profile, seed=seed, provenance=of_page)
+trained = {"residual": "RCD, trained", "no residual": "RCD's control"}
+every = [*tables.values()]
+for number, part in of_seeds("benchmarks.csv", "07_residual").items():
+    part = part[(part["items"] == items) & part.arm.isin(trained)]
+    if number in tables:
+        every.append(part.assign(base="what a mask carries", setting=0).replace({"arm": trained}))
+every = pd.concat(every, ignore_index=True)
+front = averaged(dict(list(every.groupby("seed"))), ["base", "arm", "setting"], ["accuracy", "nfe", "speed", "tpf"])
+costs = {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}
+figures.save(comparison.pareto(front, costs), "09_pareto", front, profile=profile, seed=seed, provenance=of_page)
 plt.show()
+columns = ["arm", "accuracy", "low", "high", "nfe", "tpf", "speed"]
+print(front.sort_values("accuracy", ascending=False)[["base", *columns]].round(3).to_string(index=False))
 
 # %% [markdown]
 # Which gains replicate? Of every way of decoding, the accuracy less what the plain threshold reaches in as many forwards (between its settings on a line, beyond them as at the last), each difference within a seed. Filled: sure over seeds; hollow: not sure, or a single run.
 
 # %%
 gains = comparison.at_equal_cost(every, "accuracy", "nfe", reference="threshold")
-gains = gains[~gains.arm.isin(["dLLM, block size 1", "AR twin, generate"])].sort_values("difference", ascending=False).assign(measure="accuracy at equal forwards", better="higher")
+gains = gains[~gains.arm.isin(["dLLM, block size 1", "AR twin, generate"])]
+gains = gains.sort_values("difference", ascending=False).assign(measure="accuracy at equal forwards", better="higher")
 figures.save(comparison.verdicts(gains, reference="the threshold"), "09_gains", gains, profile=profile, seed=seed,
              provenance=origin | over_seeds)
 plt.show()
@@ -332,7 +361,8 @@ print(gains[["arm", "difference", "low", "high", "seeds", "same_sign"]].round(3)
 # Are the lossless ways lossless? Each text beside the text it must equal:
 
 # %%
-equal = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin", "drafter, own AR text": "AR twin"}
+equal = {"dLLM, own AR text": "dLLM, block size 1", "gated, twin's text": "AR twin",
+         "drafter, own AR text": "AR twin"}
 same = {name: sum(map(str.__eq__, texts[name], texts[other])) / len(texts[name])
         for name, other in equal.items() if name in texts}
 print("\n".join(f"{name}: {share:.1%} of {items} texts are those of {equal[name]}" for name, share in same.items()))
@@ -387,8 +417,9 @@ for words in kv:
 memory = pd.concat(memory, ignore_index=True).assign(kilobytes=lambda table: table.kv_bytes / 1e3)
 memory.to_csv(output / "kv.csv", index=False)
 print(memory[["kept", "kilobytes", "accuracy", "low", "high", "nfe", "tokens_per_s"]].round(3).to_string(index=False))
-figures.save(comparison.spending(memory, "kilobytes", "committed cache an item (kB)"), "09_kv", memory,
-             profile=profile, seed=seed, provenance={"profile": profile, "seed": seed, "items": items})
+page = averaged(of_seeds("kv.csv"), ["base", "arm", "kept"], ["accuracy", "kilobytes", "nfe", "tokens_per_s"])
+figures.save(comparison.spending(page, "kilobytes", "committed cache an item (kB)"), "09_kv", page,
+             profile=profile, seed=seed, provenance=of_page)
 plt.show()
 
 # %% [markdown]
@@ -406,7 +437,8 @@ for row in weighed.query("reason == '' and format != 'compiled'").index:
         weighed.loc[row, column] = part[column]
     del models[name]
 weighed.to_csv(output / "formats.csv", index=False)
-print(weighed.round(3).to_string(index=False) if formats else "no formats asked for")
+print(weighed.drop(columns="reason").round(3).to_string(index=False) if formats else "no formats asked for")
+print("\n".join(weighed.reason[weighed.reason != ""]))
 
 # %% [markdown]
 # ## The two floors
@@ -415,7 +447,8 @@ print(weighed.round(3).to_string(index=False) if formats else "no formats asked 
 
 # %%
 machine = roofline.Machine.measure(dtype=models["dLLM"].dtype)
-print(f"matmul {machine.flops / 1e9:.0f} GFLOP/s, memory {machine.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
+print(f"matmul {machine.flops / 1e9:.0f} GFLOP/s, memory {machine.bandwidth / 1e9:.1f} GB/s,",
+      f"{torch.get_num_threads()} threads")
 timed = {f"this model, {models['dLLM'].num_parameters() / 1e6:.1f} M": models["dLLM"]}
 if shape:
     other = roofline.random_llama(*shape).to(machine.dtype)
@@ -436,18 +469,19 @@ print(costs.round(5).to_string(index=False))
 # %%
 spans = roofline.measure(models["dLLM"], machine, sizes=[1, size], batches=[1], contexts=contexts)
 spans.to_csv(output / "lengths.csv", index=False)
-figures.save(roofline.lengths(spans), "09_lengths", spans, profile=profile, seed=seed, provenance={"threads": torch.get_num_threads()})
+figures.save(roofline.lengths(spans), "09_lengths", spans, profile=profile, seed=seed,
+             provenance={"threads": torch.get_num_threads()})
 plt.show()
 
 # %% [markdown]
 # How fast the contestants were, as a multiple of the twin's tokens a CPU-second; the bar spans the rounds, or with three seeds its 95 % interval over them.
 
 # %%
-label, found = "tokens a CPU-second, twin = 1", artefacts.seeds_done(profile, NOTEBOOK, "speed.csv").items()
-shown = pd.concat([pd.read_csv(path).query("arm != 'AR twin'").assign(seed=number) for number, path in found])
-shown = shown.rename(columns={"speed": label})
+label = costs["speed"]
+shown = pd.concat(of_seeds("speed.csv").values()).query("arm != 'AR twin'").rename(columns={"speed": label})
+measured = origin | (over_seeds if len(tables) > 1 else {})
 figures.save(figures.ablation(shown, label, "arm", better="higher"), "09_speed", shown, profile=profile, seed=seed,
-             provenance=origin | (over_seeds if len(tables) > 1 else {}) | {"items": f"{single_items}, one by one, {rounds} rounds"})
+             provenance=measured | {"items": f"{single_items}, one by one, {rounds} rounds"})
 plt.show()
 
 # %%
@@ -456,8 +490,6 @@ artefacts.write_metrics({"identical": same, "speed": alone.to_dict("records"), "
                          "formats": weighed.to_dict("records"),
                          "machine": {"gflops": machine.flops / 1e9, "gb_per_s": machine.bandwidth / 1e9}},
                         profile, NOTEBOOK, seed, model=models["dLLM"])
-columns = ["base", "arm", "accuracy", "nfe", "tpf", "tokens_per_s"]
-print(table.sort_values("accuracy")[[*columns, "speed"]].round(3).to_string(index=False))
 
 # %% [markdown]
 # ## What we learned

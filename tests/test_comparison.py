@@ -147,6 +147,9 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert comparison.best(unknown, "speed", less=False).tolist() == [False, True, False, True, False]
     figure = comparison.pareto(table, {"nfe": "forwards", "speed": "speed"})
     assert len(figure.axes) == 2 and {text.get_text() for text in figure.axes[0].texts} == {"a", "c"}
+    spread = comparison.pareto(table.assign(speed_low=0.5, speed_high=7.0), {"nfe": "forwards", "speed": "speed"})
+    first, second = ([line[:, 0].tolist() for bars in ax.collections for line in bars.get_segments()] for ax in spread.axes)
+    assert [0.5, 7.0] in second and [0.5, 7.0] not in first
     with pytest.raises(HildaError, match="'pareto' needs column"):
         comparison.pareto(table.drop(columns="speed"), {"nfe": "forwards", "speed": "speed"})
     with pytest.raises(HildaError, match="'speed' has no number.*run the other seeds again"):

@@ -315,10 +315,23 @@ def test_ablation_compares_seed_by_seed():
     table = pd.DataFrame({"arm": ["a"] * 3 + ["b"] * 3, "seed": [0, 1, 2] * 2, "loss": [1.0, 2.0, 3.0, 1.5, 2.5, 3.5]})
     figure = figures.ablation(table, "loss", "arm", better="lower")
     notes = [t.get_text() for t in figure.axes[0].texts]
-    assert notes[1] == "2.5   +0.5 [+0.5, +0.5]"  # seeds spread widely, the paired difference does not
+    assert notes[1] == "2.500   +0.500 [+0.500, +0.500]"  # seeds spread widely, the paired difference does not
     assert figure.axes[0].get_title("left") == "3 seeds"
     assert "too few" in figures.ablation(table[table.seed < 2], "loss", "arm").axes[0].get_title("left")
     assert figures.mean_interval([1.0]) == (1.0, pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True))
+
+
+def test_intervals_of_an_ablation_end_where_its_value_does():
+    table = pd.DataFrame({"arm": ["a"] * 3 + ["b"] * 3, "seed": [0, 1, 2] * 2, "accuracy": [0.7, 0.9, 1.0, 0.1, 0.0, 0.3]})
+
+    def reach(**within) -> tuple[float, float]:
+        ax = figures.ablation(table, "accuracy", "arm", **within).axes[0]
+        spans = [segment[:, 0] for bars in ax.collections for segment in bars.get_segments()]
+        spans += [line.get_xdata() for line in ax.lines if line.get_linewidth() == 2.2]
+        return min(map(min, spans)), max(map(max, spans))
+
+    low, high = reach()
+    assert low < 0 and high > 1 and reach(within=(0, 1)) == (0, 1)
 
 
 def test_benchmark_rows_carry_score_interval_and_cost():
