@@ -339,8 +339,8 @@ for number, part in of_seeds("benchmarks.csv", "07_residual").items():
         every.append(part.assign(base="what a mask carries", setting=0).replace({"arm": trained}))
 every = pd.concat(every, ignore_index=True)
 front = averaged(dict(list(every.groupby("seed"))), ["base", "arm", "setting"], ["accuracy", "nfe", "speed", "tpf"])
-costs = {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}
-figures.save(comparison.pareto(front, costs), "09_pareto", front, profile=profile, seed=seed, provenance=of_page)
+prices = {"nfe": "forwards an item", "speed": "tokens a CPU-second, twin = 1"}
+figures.save(comparison.pareto(front, prices), "09_pareto", front, profile=profile, seed=seed, provenance=of_page)
 plt.show()
 columns = ["arm", "accuracy", "low", "high", "nfe", "tpf", "speed"]
 print(front.sort_values("accuracy", ascending=False)[["base", *columns]].round(3).to_string(index=False))
@@ -477,7 +477,7 @@ plt.show()
 # How fast the contestants were, as a multiple of the twin's tokens a CPU-second; the bar spans the rounds, or with three seeds its 95 % interval over them.
 
 # %%
-label = costs["speed"]
+label = prices["speed"]
 shown = pd.concat(of_seeds("speed.csv").values()).query("arm != 'AR twin'").rename(columns={"speed": label})
 measured = origin | (over_seeds if len(tables) > 1 else {})
 figures.save(figures.ablation(shown, label, "arm", better="higher"), "09_speed", shown, profile=profile, seed=seed,
